@@ -1,0 +1,204 @@
+"""Writes a report as ``report.json`` and as one self-contained ``report.html``: no script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from .experiment import finite
+
+COLOURS = ("#6b7280", "#c2410c", "#0f766e", "#4338ca", "#a16207", "#be185d")
+_MARKERS = "soD^vP"
+_WORDS = {
+    "reproduced": "The paper's claim holds here.",
+    "partly": "A part of the paper's claim holds here.",
+    "not reproduced": "The paper's claim does not hold here.",
+    "void": "This comparison says nothing about the claim.",
+    "untested": "Not decided.",
+}
+
+
+def write_report(report: dict[str, Any], out: Path) -> tuple[Path, Path]:
+    """Writes `report` (see `run_experiment`) to ``out/report.json`` and ``out/report.html``; gives both paths.
+
+    Numbers that JSON cannot hold (an interval without ends) become null.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    data, page = out / "report.json", out / "report.html"
+    data.write_text(json.dumps(finite(report), indent=1) + "\n", encoding="utf-8")
+    page.write_text(render(report), encoding="utf-8")
+    return data, page
+
+
+def show(unit: str, found: dict[str, Any]) -> tuple[str, str]:
+    """(mean, interval) of a metric as text, e.g. ("0.94", "0.88 to 1.00"), cut at 0 and, for shares, at 1.
+
+    The interval is "" where it says nothing; the files keep the uncut numbers.
+    """
+    mean, low, high = found["mean"], max(found["low"], 0.0), found["high"]
+    if unit == "count":
+        return f"{mean:,.0f}", ""
+    if unit == "s" and mean == 0:
+        return "-", ""  # nothing was trained
+    digits, end = (1, " s") if unit == "s" else (2, "")
+    ends = "one seed"
+    if math.isfinite(high):
+        ends = f"{low:.{digits}f} to {high if unit == 's' else min(high, 1.0):.{digits}f}"
+    return f"{mean:.{digits}f}{end}", ends
+
+
+def sentence(check: dict[str, Any]) -> str:
+    """One check in plain words, with its interval."""
+    said = {"holds": "yes", "fails": "no", "open": "not decided by these seeds"}[check["outcome"]]
+    found = check["interval"]
+    mean, low, high, bound = (
+        f"{round(x, 2) + 0.0:+.2f}" for x in (found["mean"], found["low"], found["high"], check["bound"])
+    )  # + 0.0: no minus sign before a zero
+    ends = f"{low} to {high}" if math.isfinite(found["low"]) else "one seed"
+    return f"{check['statement']}: {said} ({mean}, interval {ends}, bound {bound})"
+
+
+def render(report: dict[str, Any]) -> str:
+    """The whole page as HTML text."""
+    e = html.escape
+    n = len(report["seeds"])
+    banner = '<p class="banner">Smoke run: too short to decide anything; no verdict.</p>' if report["smoke"] else ""
+    notes = "".join(f"<li>{e(note)}</li>" for note in report["notes"])
+    packages = ", ".join(f"{k} {v}" for k, v in report["environment"]["packages"].items())
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{e(report["title"])}</title><style>{_CSS}</style></head><body><main>
+<h1>{e(report["title"])}</h1>
+<p class="lead">{e(report["statement"])}</p>{banner}
+{_verdicts(report)}
+<h2>At a glance</h2>
+<figure>{chart(report)}<figcaption>Up and to the right is better: more of the new task
+learnt, less of the old skills lost. Large marks are means over {n}
+seed{"s" if n > 1 else ""}, bars their 95 % intervals, small marks the single seeds.
+The dashed lines are the untouched base model.</figcaption></figure>
+<h2>Figures</h2>
+{_table(report)}
+<p class="small">Mean over seeds {e(", ".join(map(str, report["seeds"])))}; below it the {e(report["interval"])}.</p>
+<h2>How to read this</h2><ul>{notes}</ul>
+<details><summary>Settings, versions, machine</summary>
+<pre>{e(json.dumps(report["settings"], indent=1))}</pre>
+<p class="small">Settings sha256 {report["settings_sha256"]}. {e(packages)}.
+Python {e(report["environment"]["python"])},
+{e(report["environment"]["platform"])}, {report["environment"]["cpus"]} CPUs. Ran {report["seconds"]:.0f} s.</p>
+</details></main></body></html>
+"""
+
+
+def _verdicts(report: dict[str, Any]) -> str:
+    labels = {arm["id"]: arm["label"] for arm in report["arms"]}
+    cards = []
+    for item in report["verdicts"]:
+        checks = "".join(
+            f'<li class="{check["outcome"]}">{html.escape(sentence(check))}</li>' for check in item["checks"]
+        )
+        kind = item["verdict"].replace(" ", "-")
+        cards.append(
+            f'<section class="verdict {kind}"><h3>{html.escape(labels[item["arm"]])}: {item["verdict"]}</h3>'
+            f"<p>{_WORDS[item['verdict']]} {html.escape(item['reason'])}.</p><ul>{checks}</ul></section>"
+        )
+    return f'<div class="verdicts">{"".join(cards)}</div>'
+
+
+def _table(report: dict[str, Any]) -> str:
+    head = "".join(
+        f'<th scope="col" title="{html.escape(m["explanation"])}">{html.escape(m["label"])}</th>'
+        for m in report["metrics"]
+    )
+    rows = []
+    for arm, colour in zip(report["arms"], COLOURS, strict=False):
+        cells = []
+        for metric in report["metrics"]:
+            mean, ends = show(metric["unit"], arm["metrics"][metric["key"]])
+            cells.append(f"<td>{mean}<small>{ends}</small></td>")
+        mark = f'<span class="dot" style="background:{colour}"></span>'
+        rows.append(f'<tr><th scope="row">{mark}{html.escape(arm["label"])}</th>{"".join(cells)}</tr>')
+    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def chart(report: dict[str, Any]) -> str:
+    """The chart as inline SVG: one panel per y metric over the x metric, arms with intervals, the base dashed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    labels = {metric["key"]: metric["label"] for metric in report["metrics"]}
+    x, ys = report["chart"]["x"], report["chart"]["y"]
+    style = {"svg.fonttype": "path", "svg.hashsalt": "hfgen", "font.size": 10, "axes.spines.top": False,
+             "axes.spines.right": False}  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.7 * len(ys), 4.3), layout="constrained")
+        panels = figure.subplots(1, len(ys), squeeze=False)[0]
+        for panel, y in zip(panels, ys, strict=True):
+            _panel(panel, report, x, y)
+            panel.set_xlabel(labels[x])
+            panel.set_title(labels[y], loc="left", fontsize=11, fontweight="bold")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML needs none; the page names no address
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(", ".join(labels[y] for y in ys))}"', 1)
+
+
+def _panel(panel: Any, report: dict[str, Any], x: str, y: str) -> None:
+    reference = report["arms"][0]["metrics"]
+    panel.axhline(reference[y]["mean"], color=COLOURS[0], lw=1, ls=(0, (4, 3)), zorder=1)
+    panel.axvline(reference[x]["mean"], color=COLOURS[0], lw=1, ls=(0, (4, 3)), zorder=1)
+    for arm, colour, marker in zip(report["arms"], COLOURS, _MARKERS, strict=False):
+        ax, ay = arm["metrics"][x], arm["metrics"][y]
+        panel.scatter(ax["values"], ay["values"], s=18, color=colour, alpha=0.35, marker=marker, lw=0, zorder=2)
+        panel.errorbar(
+            ax["mean"], ay["mean"], xerr=_reach(ax), yerr=_reach(ay), fmt=marker, color=colour, ms=9, capsize=3,
+            elinewidth=1.6, label=arm["label"], zorder=3, clip_on=False,
+        )  # fmt: skip
+    panel.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    panel.grid(color="#e5e7eb", lw=0.8)
+    panel.set_axisbelow(True)
+
+
+def _reach(found: dict[str, Any]) -> list[list[float]]:
+    """Error-bar lengths down and up, cut at 0 and 1: a share is never outside."""
+    if not math.isfinite(found["low"]):
+        return [[0.0], [0.0]]
+    return [[found["mean"] - max(found["low"], 0.0)], [min(found["high"], 1.0) - found["mean"]]]
+
+
+_CSS = """
+:root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb}
+*{box-sizing:border-box}body{margin:0;background:#f9fafb;color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
+main{max-width:62rem;margin:2rem auto;padding:2rem 2.5rem;background:#fff}
+main{border:1px solid var(--line);border-radius:12px}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
+h3{margin:0;font-size:1.05rem}
+.lead{color:var(--soft);margin:0 0 1.2rem}.small,figcaption{color:var(--soft);font-size:.85rem}
+.banner{background:#fef3c7;border:1px solid #f59e0b;border-radius:8px;padding:.6rem .9rem;font-weight:600}
+.verdicts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
+.verdict{border:1px solid var(--line);border-left:6px solid var(--soft);border-radius:8px;padding:.9rem 1.1rem}
+.verdict p{margin:.25rem 0}.verdict ul{margin:.4rem 0 0;padding:0;list-style:none;font-size:.88rem}
+.verdict li{padding-left:1.5em;text-indent:-1.5em;margin:.25rem 0}
+li.holds::before{content:"\\2713\\00a0\\00a0";color:#15803d;font-weight:700}
+li.fails::before{content:"\\2717\\00a0\\00a0";color:#b91c1c;font-weight:700}
+li.open::before{content:"?\\00a0\\00a0";color:#a16207;font-weight:700}
+.reproduced{border-left-color:#15803d}.partly{border-left-color:#d97706}.not-reproduced{border-left-color:#b91c1c}
+figure{margin:0}figure svg{width:100%;height:auto}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{text-align:right;padding:.5rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
+th:first-child{text-align:left;white-space:nowrap}thead th{font-size:.82rem;color:var(--soft);vertical-align:bottom}
+td,td small{white-space:nowrap}td small{display:block;color:var(--soft);font-size:.75rem}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
+pre{background:#f3f4f6;padding:1rem;border-radius:8px;overflow-x:auto;font-size:.8rem}
+@media(max-width:40rem){main{margin:0;padding:1.2rem;border:0;border-radius:0}}
+@media print{body{background:#fff}main{border:0;margin:0}}
+"""

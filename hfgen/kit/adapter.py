@@ -10,11 +10,14 @@ Shapes: a weight W is handled as (m, n) = (out, in), whatever the host stores.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -303,9 +306,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return adapter_name in getattr(self, self.adapter_layer_names[0])
 
     def _weight_2d(self) -> Tensor:
-        _unpack_bnb_for_cpu(self.get_base_layer())
-        weight = self.get_base_weight()
-        return weight.T if self.is_conv1d else weight
+        return self._weight().T if self.is_conv1d else self._weight()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """dW in the layout of the base weight, in the adapter's dtype (float32 for half precision on CPU)."""
@@ -325,7 +326,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self._has(name)]
         for name in names:
-            weight = self._base_weight()
+            weight = self._weight()
             delta = self.get_delta_weight(name)
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
@@ -340,12 +341,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if self._has(name):
-                weight, delta = self._base_weight(), self.get_delta_weight(name)
+                weight, delta = self._weight(), self.get_delta_weight(name)
                 self.set_base_weight((weight.to(delta.dtype) - delta).to(weight.dtype))
 
-    def _base_weight(self) -> Tensor:
-        _unpack_bnb_for_cpu(self.get_base_layer())
-        return self.get_base_weight()
+    def _weight(self) -> Tensor:
+        with _unpacked_bnb(self.get_base_layer()):
+            return self.get_base_weight()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -454,13 +455,25 @@ def quantization_backend(base: nn.Module, **kwargs: Any) -> Any:
     return backend
 
 
-def _unpack_bnb_for_cpu(base: nn.Module) -> None:
-    """Undo bitsandbytes' repacking of a 4-bit weight by its first CPU eval forward, which peft would misread."""
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+@contextmanager
+def _unpacked_bnb(base: nn.Module) -> Iterator[None]:
+    """Read a bitsandbytes 4-bit weight that its first CPU eval forward has repacked, which peft would misread.
 
-        base.weight.data, base.weight.quant_state = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+    The packed state is put back: packing it again would not give the same bits.
+    """
+    weight = getattr(base, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if weight is None or not getattr(state, "packing_format_for_cpu", False):
+        yield
+        return
+    from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
+    packed = weight.data
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(packed.clone(), copy.deepcopy(state))
+    try:
+        yield
+    finally:
+        weight.data, weight.quant_state = packed, state
 
 
 class DeltaTuner(BaseTuner):

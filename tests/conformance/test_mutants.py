@@ -1,18 +1,26 @@
 """Every check of the kit fails on a method with just that fault, and says so in words."""
 
-
 import pytest
 
-from hfgen.testing import adapters
-from tests.fixtures.mutants import adapters as mutants
+from hfgen.testing import adapters, trainers
+from tests.fixtures.mutants import adapters as adapter_mutants
+from tests.fixtures.mutants import trainers as trainer_mutants
 
 
 def test_every_check_has_a_mutant():
-    assert set(mutants.MUTANTS) == set(adapters.CHECKS)
+    assert set(adapter_mutants.MUTANTS) == set(adapters.CHECKS)
+    assert set(trainer_mutants.MUTANTS) == set(trainers.CHECKS)
 
 
 @pytest.mark.parametrize("check", adapters.CHECKS)
-def test_the_check_finds_its_mutant(check):
-    config_cls, words = mutants.MUTANTS[check]
+def test_the_check_finds_its_mutant_adapter(check):
+    config_cls, words = adapter_mutants.MUTANTS[check]
     with pytest.raises(Exception, match=words):
         adapters.CHECKS[check](adapters.AdapterCase(config_cls))
+
+
+@pytest.mark.parametrize("check", trainers.CHECKS)
+def test_the_check_finds_its_mutant_trainer(check):
+    trainer_cls, card, words = trainer_mutants.MUTANTS[check]
+    with pytest.raises(AssertionError, match=words):
+        trainers.CHECKS[check](trainers.TrainerCase(trainer_cls, card))

@@ -32,7 +32,7 @@ def ldu(weight: Tensor, r: int, perm: Tensor | None = None) -> tuple[Tensor, Ten
     m, n = weight.shape
     k = min(m, n)
     if perm is None:
-        packed, pivots = torch.linalg.lu_factor(weight)
+        packed, pivots, _ = torch.linalg.lu_factor_ex(weight)  # an exact zero pivot is ours to handle
         order = torch.arange(m)
         for i, j in enumerate((pivots.cpu() - 1).tolist()):  # LAPACK gives row swaps, one after the other
             order[[i, j]] = order[[j, i]]
@@ -101,11 +101,15 @@ class LoLDULinear(DiagonalLayer):
         if bool((d == 0).any()):
             logger.warning("loldu froze %d pivots at rounding level in %s", int((d == 0).sum()), self.module_name)
         z = initial_z(d, config.init_z, torch.Generator().manual_seed(self.generator_seed(config)))
-        self.loldu_perm[adapter_name], self._perms[adapter_name] = perm, perm.cpu()
+        self.loldu_perm[adapter_name], self._perms[adapter_name] = perm, perm.cpu().clone()  # a load writes in place
         return Factors(left, right, z, z if config.preserve_function else d)
 
     def scaling(self, config: LoLDUConfig) -> float:
         return 1.0 if config.alpha is None else config.alpha / config.r
+
+    def was_loaded(self, adapter_name: str) -> bool:
+        same = torch.equal(self.loldu_perm[adapter_name].cpu(), self._perms[adapter_name])
+        return super().was_loaded(adapter_name) or not same
 
     def check_loaded(self, adapter_name: str) -> str | None:
         perm = self.loldu_perm[adapter_name].cpu()
@@ -116,7 +120,7 @@ class LoLDULinear(DiagonalLayer):
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             left, d, right, _ = ldu(weight, len(self._facts[adapter_name]["reference"]), perm)
             self._set_factors(adapter_name, Factors(left, right, d, d))
-            self._perms[adapter_name] = perm
+            self._perms[adapter_name] = perm.clone()
             if self._facts[adapter_name]["reference_is_d"]:
                 self._facts[adapter_name]["reference"] = d.cpu()
         # A drawn or constant reference says nothing about the base; it is taken as saved and the fingerprint decides.

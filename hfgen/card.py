@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-# Entry-point group `hfgen.<kind>`, import shelf `hfgen.<kind>`, folder `plugins/hfgen_plugins/<kind>`: one name, three places.
+# One name in three places: entry-point group and import shelf `hfgen.<kind>`, folder `plugins/hfgen_plugins/<kind>`.
 KINDS = (
     "adapters",
     "quantizers",

@@ -144,9 +144,7 @@ def _choose(key: tuple[str, str], candidates: list[EntryPoint]) -> Plugin:
     if not kept:
         return replace(plugin, status="blocked", reason="HFGEN_BLOCK names it")
     if allow and not _listed(ep, allow):
-        return replace(
-            plugin, status="blocked", reason=f"HFGEN_PLUGINS={os.environ['HFGEN_PLUGINS']} does not name it"
-        )
+        return replace(plugin, status="blocked", reason=f"HFGEN_PLUGINS={os.environ['HFGEN_PLUGINS']} does not name it")
     if len(kept) > 1:
         dists = " and ".join("{} {}".format(*_distribution(e)) for e in kept)
         fix = ", or ".join(f"HFGEN_PLUGINS='*,{_distribution(e)[0]}:{name}'" for e in kept)
@@ -249,7 +247,9 @@ def find(name: str, kind: str | None = None) -> Plugin:
 def _check_kind(kind: str | None) -> None:
     if kind is not None and kind not in KINDS:
         close = difflib.get_close_matches(str(kind), KINDS, n=1)
-        raise CatalogError(f"kind is {kind!r}; {f'did you mean {close[0]!r}?' if close else 'one of ' + ', '.join(KINDS)}")
+        raise CatalogError(
+            f"kind is {kind!r}; {f'did you mean {close[0]!r}?' if close else 'one of ' + ', '.join(KINDS)}"
+        )
 
 
 def _load(plugin: Plugin) -> Any:
@@ -265,7 +265,10 @@ def _load(plugin: Plugin) -> Any:
                 _import_target(registrar)(plugin.name, target)
     except _StillImporting:
         raise
-    except (Exception, SystemExit) as exc:  # a plugin may raise anything; it is named, quarantined and the cause is kept
+    except (
+        Exception,
+        SystemExit,
+    ) as exc:  # a plugin may raise anything; it is named, quarantined and the cause is kept
         _plugins[key] = replace(plugin, status="broken", reason=f"{type(exc).__name__}: {exc}")
         raise CatalogError(
             f"{plugin.kind} {plugin.name!r} ({plugin.provenance}) cannot be loaded: {type(exc).__name__}: {exc}"

@@ -9,14 +9,15 @@ it. Where the host was imported earlier, its dict stays and is filled in place t
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
 
 # module that owns the mappings -> (kind in the catalogue, names of its dicts)
 _TARGETS = {
     "peft.mapping": ("adapters", ("PEFT_TYPE_TO_CONFIG_MAPPING",)),
     "transformers.quantizers.auto": ("quantizers", ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING")),
 }
-_pending = set()  # targets not handled yet
-_busy = set()  # targets whose spec is being looked up by us right now
+_pending: set[str] = set()  # targets not handled yet
+_busy: set[str] = set()  # targets whose spec is being looked up by us right now
 
 
 def _warn(message):
@@ -54,10 +55,10 @@ class LazyMapping(dict):
         return dict.__contains__(self, key) or self._load(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (that is this method)
 
 
-class _WatchedSpec(type(__spec__)):
+class _WatchedSpec(ModuleSpec):
     """A ModuleSpec that swaps the mappings when the import system says that the module has been executed."""
 
     @property
@@ -104,7 +105,7 @@ class _Finder:
             from importlib.util import find_spec
 
             spec = find_spec(fullname)
-            if type(spec) is type(__spec__):
+            if type(spec) is ModuleSpec:
                 _watch(spec)
             return spec
         except Exception as exc:  # never break a foreign import: the ordinary finders go on
@@ -121,7 +122,7 @@ def _arrive(name):
         return
     spec = getattr(module, "__spec__", None)
     if getattr(spec, "_initializing", False):
-        if type(spec) is type(__spec__):
+        if type(spec) is ModuleSpec:
             _watch(spec)
         return
     _pending.discard(name)

@@ -17,7 +17,14 @@ from hfgen import __version__, catalog
 _SWITCHES = ("HFGEN_AUTOLOAD", "HFGEN_PLUGINS", "HFGEN_BLOCK", "TORCH_DEVICE_BACKEND_AUTOLOAD", "HF_HUB_OFFLINE")
 _OPTIONAL = ("bitsandbytes", "diffusers", "deepspeed", "vllm")
 # The versions the whole test run passes with (constraints.txt); the ranges of pyproject.toml are wider.
-_TESTED = {"torch": "2.13", "transformers": "5.23", "peft": "0.21", "trl": "1.16", "accelerate": "1.15", "datasets": "5.2"}
+_TESTED = {
+    "torch": "2.13",
+    "transformers": "5.23",
+    "peft": "0.21",
+    "trl": "1.16",
+    "accelerate": "1.15",
+    "datasets": "5.2",
+}
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
@@ -62,7 +69,9 @@ def _hosts() -> list[dict[str, str]]:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             if name in wants:
-                rows.append({"name": name, "version": "missing", "wants": specifier, "verdict": "broken: not installed"})
+                rows.append(
+                    {"name": name, "version": "missing", "wants": specifier, "verdict": "broken: not installed"}
+                )
             continue
         if name in wants and not wants[name].contains(Version(version).public, prereleases=True):
             verdict = "broken: outside the supported range"

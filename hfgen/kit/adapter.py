@@ -98,7 +98,9 @@ class DeltaConfig(PeftConfig):
         checks.boolean(owner, "init_weights", self.init_weights)
         checks.boolean(owner, "inference_mode", self.inference_mode)
         if self.task_type is not None:
-            checks.one_of(owner, "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType])
+            checks.one_of(
+                owner, "task_type", getattr(self.task_type, "value", self.task_type), [t.value for t in TaskType]
+            )
         _hosts_peft().register(method, type(self))
         self.peft_type = _hosts_peft().extend_peft_type(method)
         for name in ("target_modules", "exclude_modules"):
@@ -226,7 +228,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self._unverified: dict[str, dict[str, Any]] = {}  # adapters whose loaded state was not compared with the base yet
+        self._unverified: dict[
+            str, dict[str, Any]
+        ] = {}  # adapters whose loaded state was not compared with the base yet
         self.base_probes: dict[str, list[float]] = {}
         self.setup()
         self.register_load_state_dict_post_hook(_verify_after_load)
@@ -269,7 +273,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Add an adapter. Raises ValueError while another one is merged: its factors would come from the merged weight."""
         if self.merged:
             raise ValueError(
-                f"adapter {adapter_name!r} cannot be added while {self.merged_adapters} is merged; call unmerge_adapter() first"
+                f"adapter {adapter_name!r} cannot be added while {self.merged_adapters} is merged; "
+                "call unmerge_adapter() first"
             )
         base = self.get_base_layer()
         with gather_params_ctx(getattr(base, "weight", None)), torch.no_grad():
@@ -496,10 +501,16 @@ class DeltaTuner(BaseTuner):
         targets = peft_config.target_modules
         if targets in (INCLUDE_LINEAR_LAYERS_SHORTHAND, DUMMY_TARGET_MODULES) or self._matches(peft_config, model):
             return
-        leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))})
+        leaves = sorted(
+            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        )
         wanted = [targets] if isinstance(targets, str) else sorted(targets)
         close = [c for t in wanted for c in difflib.get_close_matches(t, leaves, n=1)]
-        hint = f"did you mean {close[0]!r}?" if close else f"the model's linear layers are called {', '.join(leaves) or 'nothing'}"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"the model's linear layers are called {', '.join(leaves) or 'nothing'}"
+        )
         raise ValueError(f"{type(peft_config).__name__}.target_modules {wanted} matches no module of the model; {hint}")
 
     def _matches(self, peft_config: Any, model: nn.Module) -> bool:
@@ -571,7 +582,8 @@ class DeltaTuner(BaseTuner):
                     continue
                 if key not in mapped:
                     raise ValueError(
-                        f"the adapter file has no {attr} for {layer.module_name}; it is incomplete or belongs to another model"
+                        f"the adapter file has no {attr} for {layer.module_name}; it is incomplete or belongs to "
+                        "another model"
                     )
                 if mapped[key].shape != have[key].shape:
                     raise ValueError(

@@ -28,7 +28,9 @@ def integer(owner: str, field: str, value: Any, low: int | None = None) -> None:
 
 def number(owner: str, field: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """`value` must be a finite number with low < value <= high."""
-    need = f"a finite number above {low:g} and up to {high:g}" if low > -math.inf or high < math.inf else "a finite number"
+    need = (
+        f"a finite number above {low:g} and up to {high:g}" if low > -math.inf or high < math.inf else "a finite number"
+    )
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{owner}.{field} is {value!r} ({type(value).__name__}); give {need}")
     if not (math.isfinite(value) and low < value <= high):

@@ -52,7 +52,9 @@ class DiagonalConfig(DeltaConfig):
 
     r: int = field(default=8, metadata={"help": "Trained entries per layer; clipped to min(in, out) features."})
     decay_to_init: bool = field(default=False, metadata={"help": "Weight decay pulls towards the pretrained weight."})
-    save_factors: bool | str = field(default="auto", metadata={"help": "'auto', True or False: save the frozen factors."})
+    save_factors: bool | str = field(
+        default="auto", metadata={"help": "'auto', True or False: save the frozen factors."}
+    )
     seed: int = field(default=0, metadata={"help": "Of what the method draws at random, with the layer's name."})
 
     def __post_init__(self) -> None:

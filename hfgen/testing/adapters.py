@@ -40,7 +40,7 @@ class AdapterCase:
         options: Keyword arguments beyond target_modules.
     """
 
-    config_cls: type
+    config_cls: Any
     options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, **changes: Any) -> Any:
@@ -89,10 +89,14 @@ def _far(a: Tensor, b: Tensor) -> float:
 def check_registered(case: AdapterCase) -> None:
     """peft's mappings know the type; the enum round-trips; the prefix is `<name>_` (transformers' loader relies on it)."""
     config = case.config()
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[config.peft_type.value] is case.config_cls, "config class is not the registered one"
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[config.peft_type.value] is case.config_cls, (
+        "config class is not the registered one"
+    )
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     assert tuner.prefix == config.peft_type.value.lower() + "_", f"prefix {tuner.prefix!r} is not '<name>_'"
-    assert type(config.peft_type)(config.peft_type.value) is config.peft_type, "PeftType(value) does not give the member"
+    assert type(config.peft_type)(config.peft_type.value) is config.peft_type, (
+        "PeftType(value) does not give the member"
+    )
     assert not tuner.uses_shared_state, "state on the tuner: transformers' add_adapter would refuse it"
 
 
@@ -107,7 +111,9 @@ def check_exact_start(case: AdapterCase) -> None:
 @check
 def check_random_start(case: AdapterCase) -> None:
     """With init_weights=False the function is changed (or every later check would be vacuous)."""
-    assert _far(case.logits(case.adapted(init_weights=False)), case.logits(case.base())) > 1e-3, "init_weights=False does nothing"
+    assert _far(case.logits(case.adapted(init_weights=False)), case.logits(case.base())) > 1e-3, (
+        "init_weights=False does nothing"
+    )
 
 
 @check
@@ -161,7 +167,9 @@ def check_reload(case: AdapterCase) -> None:
         model.save_pretrained(folder)
         for low in (False, True):
             again = PeftModel.from_pretrained(case.base(), folder, low_cpu_mem_usage=low).eval()
-            assert torch.equal(case.logits(again), case.logits(model)), f"reload changes logits (low_cpu_mem_usage={low})"
+            assert torch.equal(case.logits(again), case.logits(model)), (
+                f"reload changes logits (low_cpu_mem_usage={low})"
+            )
             assert not any(p.requires_grad for p in again.parameters()), "a loaded adapter must be frozen by default"
         trainable = PeftModel.from_pretrained(case.base(), folder, is_trainable=True)
         assert any(p.requires_grad for p in trainable.parameters()), "is_trainable=True leaves nothing trainable"
@@ -374,7 +382,9 @@ def check_foreign_base(case: AdapterCase) -> None:
         except ValueError:
             return
     found = {n: m.get_delta_weight("default") for n, m in other.named_modules() if hasattr(m, "get_delta_weight")}
-    assert all(torch.allclose(found[n], d, atol=1e-5) for n, d in delta.items()), "loads on another base with another delta"
+    assert all(torch.allclose(found[n], d, atol=1e-5) for n, d in delta.items()), (
+        "loads on another base with another delta"
+    )
 
 
 @check

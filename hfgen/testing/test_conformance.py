@@ -9,7 +9,7 @@ import pytest
 from hfgen import catalog
 from hfgen.testing import adapters, trainers
 
-_KINDS = {"adapters": adapters.CHECKS, "trainers": trainers.CHECKS}
+_KINDS: dict[str, dict[str, Any]] = {"adapters": adapters.CHECKS, "trainers": trainers.CHECKS}
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

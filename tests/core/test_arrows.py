@@ -41,9 +41,18 @@ def test_the_core_imports_no_plugin(path):
 
 def test_the_core_names_no_method():
     """No first-party method's name stands in the core as a string (but for the one the quickstart is about)."""
-    methods = {n for group, table in PROJECT["entry-points"].items() if group == "hfgen.adapters" or group == "hfgen.trainers" for n in table}
+    methods = {
+        n
+        for group, table in PROJECT["entry-points"].items()
+        if group == "hfgen.adapters" or group == "hfgen.trainers"
+        for n in table
+    }
     for path in CORE:
-        strings = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         named = strings & methods
         assert named <= ({"s3ft"} if path.name == "quickstart.py" else set()), (path, named)
 
@@ -51,7 +60,11 @@ def test_the_core_names_no_method():
 def test_kit_and_hosts_know_no_command_and_no_evidence():
     for path in CORE:
         if path.parent.name in ("kit", "hosts"):
-            assert not [n for n in imports(path) if n.startswith(("hfgen.cli", "hfgen.evidence", "hfgen.testing", "hfgen.sandbox"))], path
+            assert not [
+                n
+                for n in imports(path)
+                if n.startswith(("hfgen.cli", "hfgen.evidence", "hfgen.testing", "hfgen.sandbox"))
+            ], path
 
 
 def test_a_family_imports_no_other_family_and_no_shelf():
@@ -70,8 +83,12 @@ def test_recipes_use_shelves():
 
 
 def test_cards_shelves_and_core_entry_import_no_host():
-    light = [p for p in PLUGINS if p.name == "__init__.py"] + [ROOT / "hfgen" / n for n in ("__init__.py", "card.py", "catalog.py")]
-    light += [p.with_suffix(".py") for p in (ROOT / "hfgen").glob("*.pyi")] + list((ROOT / "hfgen" / "cli").glob("*.py"))
+    light = [p for p in PLUGINS if p.name == "__init__.py"] + [
+        ROOT / "hfgen" / n for n in ("__init__.py", "card.py", "catalog.py")
+    ]
+    light += [p.with_suffix(".py") for p in (ROOT / "hfgen").glob("*.pyi")] + list(
+        (ROOT / "hfgen" / "cli").glob("*.py")
+    )
     for path in light:
         assert not [n for n in imports(path, top_level_only=True) if n.split(".")[0] in HOSTS], path
 
@@ -96,8 +113,14 @@ def test_every_folder_has_its_line_stub_and_card():
 
 
 def test_no_family_is_empty():
-    families = {p.name for p in (ROOT / "plugins" / "hfgen_plugins").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert families == {p.stem for p in (ROOT / "hfgen").glob("*.pyi")} == {g.removeprefix("hfgen.") for g in PROJECT["entry-points"] if g.startswith("hfgen.")}
+    families = {
+        p.name for p in (ROOT / "plugins" / "hfgen_plugins").iterdir() if p.is_dir() and p.name != "__pycache__"
+    }
+    assert (
+        families
+        == {p.stem for p in (ROOT / "hfgen").glob("*.pyi")}
+        == {g.removeprefix("hfgen.") for g in PROJECT["entry-points"] if g.startswith("hfgen.")}
+    )
 
 
 @pytest.mark.parametrize("method", ["svfit", "loldu"])
@@ -108,8 +131,16 @@ def test_an_adapter_is_at_most_150_lines_of_code(method):
             tree = ast.parse(path.read_text())
             prose = set()
             for node in ast.walk(tree):
-                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+                if (
+                    isinstance(node, ast.Expr)
+                    and isinstance(node.value, ast.Constant)
+                    and isinstance(node.value.value, str)
+                ):
                     prose |= set(range(node.lineno, node.end_lineno + 1))
             lines = path.read_text().splitlines()
-            total += sum(1 for i, line in enumerate(lines, 1) if line.strip() and not line.strip().startswith("#") and i not in prose)
+            total += sum(
+                1
+                for i, line in enumerate(lines, 1)
+                if line.strip() and not line.strip().startswith("#") and i not in prose
+            )
     assert total <= 150, total

@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
     base = sandbox.load_model().eval()
     base.save_pretrained(out / "base")
     base.config._name_or_path = base.name_or_path = str(out / "base")
-    model = get_peft_model(base, SVFitConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, SVFitConfig(r=4, target_modules=["q_proj", "v_proj"], init_weights=False, task_type="CAUSAL_LM")
+    )
     model.save_pretrained(out / "adapter")
     with torch.no_grad():
         total = model.eval()(torch.arange(2, 12)[None]).logits.double().sum().item()
@@ -72,14 +74,24 @@ def run_ways(folder, tmp_path, **env):
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", WAYS, str(folder)], env={**os.environ, **env}, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", WAYS, str(folder)],
+        env={**os.environ, **env},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.split(" ")[0] in ("PeftConfig", "PeftModel", "AutoPeftModel", "AutoModel"))
+    return dict(
+        line.split(" ", 1)
+        for line in done.stdout.splitlines()
+        if line.split(" ")[0] in ("PeftConfig", "PeftModel", "AutoPeftModel", "AutoModel")
+    )
 
 
 def test_four_of_four_without_importing_hfgen(folder, tmp_path):
-    assert run_ways(folder, tmp_path) == dict.fromkeys(("PeftConfig", "PeftModel", "AutoPeftModel", "AutoModel"), "True")
+    assert run_ways(folder, tmp_path) == dict.fromkeys(
+        ("PeftConfig", "PeftModel", "AutoPeftModel", "AutoModel"), "True"
+    )
 
 
 @pytest.mark.parametrize("env", [{"HFGEN_AUTOLOAD": "0"}, {"HFGEN_BLOCK": "svfit"}, {"HFGEN_PLUGINS": "loldu"}])
@@ -184,7 +196,11 @@ def test_upstream_is_as_it_was(run_python):
             assert set(seen.pop(key)) - set(off[key]) == (added if key != "MIXED_MODEL" else set())
         for module, names in seen.items():
             changed = {k for k in names.keys() | off[module].keys() if names.get(k) != off[module].get(k)}
-            assert changed <= {"PEFT_TYPE_TO_CONFIG_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"}, (
+            assert changed <= {
+                "PEFT_TYPE_TO_CONFIG_MAPPING",
+                "AUTO_QUANTIZATION_CONFIG_MAPPING",
+                "AUTO_QUANTIZER_MAPPING",
+            }, (
                 module,
                 changed,
             )
@@ -205,7 +221,9 @@ def test_a_target_that_is_half_way_through_when_the_hook_arrives(tmp_path, run_p
     package = tmp_path / "site" / "halfway"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    (package / "owner.py").write_text("import _hfgen_autoload as a\na._TARGETS['halfway.owner'] = ('adapters', ('MAP',))\na.install()\nMAP = {'a': 1}\n")
+    (package / "owner.py").write_text(
+        "import _hfgen_autoload as a\na._TARGETS['halfway.owner'] = ('adapters', ('MAP',))\na.install()\nMAP = {'a': 1}\n"
+    )
     run_python(
         "import halfway.owner as o, sys\nassert type(o.MAP).__name__ == 'LazyMapping' and o.MAP['a'] == 1 and 'nosuch' not in o.MAP\n"
         "assert o.MAP.get('nosuch', 5) == 5 and not [w for w in sys.modules if w == 'torch']",
@@ -217,9 +235,14 @@ def test_a_target_that_is_half_way_through_when_the_hook_arrives(tmp_path, run_p
 def test_wheel_editable_moved_clone_uninstalled(tmp_path, folder):
     """`import torch, peft, transformers` works in every state; pickup works whenever hfgen is there."""
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "dist", ".hypothesis", "*_cache"))
+    shutil.copytree(
+        ROOT, clone, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "dist", ".hypothesis", "*_cache")
+    )
     venv = LinkedVenv(tmp_path)
-    ask = IMPORTS + f"from peft import PeftConfig\nprint(type(PeftConfig.from_pretrained({str(folder / 'adapter')!r})).__name__)"
+    ask = (
+        IMPORTS
+        + f"from peft import PeftConfig\nprint(type(PeftConfig.from_pretrained({str(folder / 'adapter')!r})).__name__)"
+    )
     venv.run(IMPORTS)  # never installed
     venv.install(str(clone))
     assert venv.run(ask).stdout == "SVFitConfig\n"

@@ -11,7 +11,6 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from hfgen_plugins.trainers.s3ft import evidence as s3ft
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -20,6 +19,7 @@ from hfgen import evidence
 from hfgen.evidence import Arm, Experiment, Job, JobError, Metric, at_least, at_most, interval, run_jobs, verdict
 from hfgen.evidence.experiment import finite
 from hfgen.evidence.report import render, sentence, show, write_report
+from hfgen_plugins.trainers.s3ft import evidence as s3ft
 
 QUIET = Console(quiet=True)
 

@@ -7,8 +7,6 @@ import traceback
 
 import pytest
 import torch
-from hfgen_plugins.adapters.loldu.loldu import INITS, _eliminate, initial_z, ldu
-from hfgen_plugins.adapters.svfit.svfit import sketched_singular, top_singular
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, convert_to_lora, get_peft_model
@@ -32,6 +30,8 @@ from transformers import (
 )
 
 from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen_plugins.adapters.loldu.loldu import INITS, _eliminate, initial_z, ldu
+from hfgen_plugins.adapters.svfit.svfit import sketched_singular, top_singular
 
 BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig])
 
@@ -67,9 +67,13 @@ def test_ldu_is_the_factorisation(m, n, seed, r):
     left, d, upper, perm = ldu(weight, k)
     assert torch.allclose((left * d) @ upper, weight, atol=1e-9)
     lower = left[perm.long()]
-    assert torch.equal(lower.triu(1), torch.zeros_like(lower)) and torch.allclose(lower.diagonal(), torch.ones(k, dtype=d.dtype))
+    assert torch.equal(lower.triu(1), torch.zeros_like(lower)) and torch.allclose(
+        lower.diagonal(), torch.ones(k, dtype=d.dtype)
+    )
     assert lower.abs().max() <= 1 + 1e-12  # partial pivoting
-    assert torch.allclose(upper.tril(-1), torch.zeros_like(upper)) and torch.allclose(upper.diagonal(), torch.ones(k, dtype=d.dtype))
+    assert torch.allclose(upper.tril(-1), torch.zeros_like(upper)) and torch.allclose(
+        upper.diagonal(), torch.ones(k, dtype=d.dtype)
+    )
     r = min(r, k)
     for got, whole in zip(ldu(weight, r), (left[:, :r], d[:r], upper[:r], perm), strict=True):
         assert torch.allclose(got.double(), whole.double(), atol=1e-12)
@@ -253,10 +257,9 @@ def count(model, config):
 @pytest.fixture
 def no_factorisation(monkeypatch):
     """Counts need shapes only; the factorisations of 768^2 to 4096^2 weights would take minutes."""
+    from hfgen.kit import adapter, diagonal
     from hfgen_plugins.adapters.loldu import loldu
     from hfgen_plugins.adapters.svfit import svfit
-
-    from hfgen.kit import adapter, diagonal
 
     def shapes(weight, r, *rest):
         (m, n), e = weight.shape, torch.zeros(1)
@@ -292,7 +295,17 @@ def test_counts_of_loldus_rank_ablation(no_factorisation):
     def vit():
         return ViTModel(ViTConfig(**ROBERTA), add_pooling_layer=False)
 
-    for r, expected in ((1, 24), (8, 192), (16, 384), (32, 768), (64, 1536), (128, 3072), (256, 6144), (512, 12288), (768, 18432)):
+    for r, expected in (
+        (1, 24),
+        (8, 192),
+        (16, 384),
+        (32, 768),
+        (64, 1536),
+        (128, 3072),
+        (256, 6144),
+        (512, 12288),
+        (768, 18432),
+    ):
         assert count(vit, LoLDUConfig(r=r, target_modules=["q_proj", "v_proj"])) == expected
     assert count(vit, LoLDUConfig(r=768, target_modules=["q_proj", "v_proj"], train_scale=True)) == 18456
 
@@ -401,7 +414,11 @@ def quantised(kind):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     weight = torch.randn(64, 64) / 8
-    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32) if kind == 4 else bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    layer = (
+        bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32)
+        if kind == 4
+        else bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    )
     layer.load_state_dict({"weight": weight})
     net = nn.Module()
     net.lin = layer.to("cpu")
@@ -493,7 +510,9 @@ def saved(config_cls, folder, **options):
 def test_another_base_is_refused_in_our_words(config_cls, trained, tmp_path):
     saved(config_cls, tmp_path, r=3, init_weights=not trained)
     for base in (Net(seed=1), _rows_permuted(), _rounded()):
-        with pytest.raises(ValueError, match=r"does not fit lin: .*load that base, or save the adapter with save_factors=True") as e:
+        with pytest.raises(
+            ValueError, match=r"does not fit lin: .*load that base, or save the adapter with save_factors=True"
+        ) as e:
             PeftModel.from_pretrained(base, tmp_path)
         assert traceback.extract_tb(e.tb)[-1].filename.endswith("adapter.py")
 
@@ -608,11 +627,13 @@ def test_random_configs_work_or_are_refused_by_us(config_cls, options):
         assert "/hfgen/" in frame or "/hfgen_plugins/" in frame, (options, exc, frame)
         assert str(exc)
     else:
-        assert config.r >= 1 and set(options) <= {f for f in config.__dataclass_fields__}
+        assert config.r >= 1 and set(options) <= set(config.__dataclass_fields__)
 
 
 def test_unknown_option_suggests():
-    with pytest.raises(TypeError, match=r"SVFitConfig\(\) got an unexpected keyword argument 'enrgy'; did you mean 'energy'"):
+    with pytest.raises(
+        TypeError, match=r"SVFitConfig\(\) got an unexpected keyword argument 'enrgy'; did you mean 'energy'"
+    ):
         SVFitConfig(enrgy=0.9)
     with pytest.raises(ValueError, match=r"LoLDUConfig.init_z is 'uniforn'; did you mean 'uniform'"):
         LoLDUConfig(init_z="uniforn")

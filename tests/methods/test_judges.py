@@ -5,7 +5,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hfgen_plugins.judges.numeric import final_number
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from hfgen.catalog import CatalogError
 from hfgen.judges import ExactJudge, NumericJudge
 from hfgen.kit import judging
 from hfgen.paraphrasers import SelfRewrite
+from hfgen_plugins.judges.numeric import final_number
 
 
 @pytest.mark.parametrize(

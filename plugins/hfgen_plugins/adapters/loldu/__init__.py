@@ -10,10 +10,21 @@ CARD = MethodCard(
     summary="Trains r entries of the diagonal of a permuted lower-diagonal-upper factorisation of each weight.",
     target="hfgen_plugins.adapters.loldu.loldu:LoLDUConfig",
     exports=("LoLDUConfig",),
-    paper=Paper("LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning", "arXiv:2410.13618", 2024),
+    paper=Paper(
+        "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning",
+        "arXiv:2410.13618",
+        2024,
+    ),
     needs=("Linear or Conv1D targets (quantised ones through peft's backends)", "one LU per target at start and load"),
-    conflicts=("PeftMixedModel (closed to third parties)", "nn.MultiheadAttention targets", "SGD: gradients are uneven, use Adam"),
-    defaults="r=8 for parity with LoRA's cost; the paper uses r=alpha=768 on base models, AdamW, lr 2e-4..4e-4 (GLUE), 3e-3 (ViT).",
+    conflicts=(
+        "PeftMixedModel (closed to third parties)",
+        "nn.MultiheadAttention targets",
+        "SGD: gradients are uneven, use Adam",
+    ),
+    defaults=(
+        "r=8 for parity with LoRA's cost; the paper uses r=alpha=768 on base models, AdamW, "
+        "lr 2e-4..4e-4 (GLUE), 3e-3 (ViT)"
+    ),
     deviations=(
         "delta form: the base weight is not overwritten by a residual, so the start is exact for every init_z",
         "preserve_function is explicit; in the authors' code it follows from which init_z aliases the residual's storage",
@@ -23,7 +34,11 @@ CARD = MethodCard(
     ),
     sources="SKDDJ/LoLDU (read for the sheet, no code used)",
     claims=(
-        Claim("vision", "More accurate than LoRA r=16 on image classification with far fewer trained numbers.", paper_value="82.79 against 76.22 (ViT-B, r=768)"),
+        Claim(
+            "vision",
+            "More accurate than LoRA r=16 on image classification with far fewer trained numbers.",
+            paper_value="82.79 against 76.22 (ViT-B, r=768)",
+        ),
     ),
 )
 

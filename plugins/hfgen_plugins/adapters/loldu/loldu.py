@@ -44,7 +44,9 @@ def ldu(weight: Tensor, r: int, perm: Tensor | None = None) -> tuple[Tensor, Ten
         diagonal = upper.diagonal()
     d = diagonal[:r]
     tiny = d.abs() <= torch.finfo(d.dtype).eps * diagonal.abs().max() * k
-    unit = torch.where(tiny[:, None], torch.eye(r, n, dtype=d.dtype, device=d.device), upper / torch.where(tiny, 1, d)[:, None])
+    unit = torch.where(
+        tiny[:, None], torch.eye(r, n, dtype=d.dtype, device=d.device), upper / torch.where(tiny, 1, d)[:, None]
+    )
     left = torch.empty_like(lower)
     left[order.to(weight.device)] = torch.where(tiny, 0, lower)
     return left, torch.where(tiny, 0, d), unit, order.to(torch.int32).to(weight.device)
@@ -67,7 +69,9 @@ def initial_z(d: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
     def draw(normal: bool) -> Tensor:
         value = torch.empty(d.shape, dtype=d.dtype)
-        return (value.normal_(generator=generator) if normal else value.uniform_(-1, 1, generator=generator)).to(d.device)
+        return (value.normal_(generator=generator) if normal else value.uniform_(-1, 1, generator=generator)).to(
+            d.device
+        )
 
     mean = d.mean()
     match kind:
@@ -115,7 +119,9 @@ class LoLDULinear(DiagonalLayer):
         perm = self.loldu_perm[adapter_name].cpu()
         if not torch.equal(perm.long().sort().values, torch.arange(self.out_features)):
             return "loldu_perm is not a permutation of its rows"
-        if not torch.equal(perm, self._perms[adapter_name]):  # a near-tie fell the other way on the machine that saved it
+        if not torch.equal(
+            perm, self._perms[adapter_name]
+        ):  # a near-tie fell the other way on the machine that saved it
             weight = self._weight_2d()
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             left, d, right, _ = ldu(weight, len(self._facts[adapter_name]["reference"]), perm)

@@ -10,17 +10,28 @@ CARD = MethodCard(
     summary="Trains only the top r singular values of each weight between its frozen singular vectors.",
     target="hfgen_plugins.adapters.svfit.svfit:SVFitConfig",
     exports=("SVFitConfig",),
-    paper=Paper("SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values", "arXiv:2409.05926", 2024),
+    paper=Paper(
+        "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
+        "arXiv:2409.05926",
+        2024,
+    ),
     needs=("Linear or Conv1D targets (quantised ones through peft's backends)", "one SVD per target at start and load"),
     conflicts=("PeftMixedModel (closed to third parties)", "nn.MultiheadAttention targets"),
-    defaults="r=8 for parity with LoRA's cost; the paper uses full rank (r=768 on base models). Learning rate: 10 to 100 times LoRA's.",
+    defaults=(
+        "r=8 for parity with LoRA's cost; the paper uses full rank (r=768 on base models). "
+        "Learning rate: 10 to 100 times LoRA's."
+    ),
     deviations=(
         "delta form: the base weight is not overwritten by a residual, so the start is exact and disable() is bit-exact",
         "`scaling` and `decay_to_init` are ours",
     ),
     sources="none (no public code)",
     claims=(
-        Claim("fewer-parameters", "At least as accurate as LoRA with 16 times fewer trainable parameters.", paper_value="16x (abstract)"),
+        Claim(
+            "fewer-parameters",
+            "At least as accurate as LoRA with 16 times fewer trainable parameters.",
+            paper_value="16x (abstract)",
+        ),
     ),
 )
 

@@ -94,5 +94,7 @@ class SVFitConfig(DiagonalConfig):
         checks.integer("SVFitConfig", "oversample", self.oversample, 0)
         checks.integer("SVFitConfig", "n_iter", self.n_iter, 0)
         if self.energy is not None and self.init_svd == "lowrank":
-            raise ValueError(f"SVFitConfig.energy is {self.energy}, which needs every singular value; set init_svd='exact'")
+            raise ValueError(
+                f"SVFitConfig.energy is {self.energy}, which needs every singular value; set init_svd='exact'"
+            )
         super().__post_init__()

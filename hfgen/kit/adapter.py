@@ -284,7 +284,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"the weight of {self.module_name} holds NaN or Inf; mend the base model first")
             self.base_probes[adapter_name] = base_probe(weight)
             self.build(adapter_name, config, weight)
-        self._unverified[adapter_name] = config._fingerprint.get(self.module_name, {})
+        if config._fingerprint:  # the config comes from a file; a fresh adapter has nothing to compare
+            self._unverified[adapter_name] = config._fingerprint.get(self.module_name, {})
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

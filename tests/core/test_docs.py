@@ -22,7 +22,9 @@ def blocks(language):
 
 
 def test_catalog_is_what_the_cards_give():
-    done = subprocess.run([sys.executable, "-m", "hfgen", "ls", "--markdown"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hfgen", "ls", "--markdown"], capture_output=True, text=True, check=True
+    )
     assert (ROOT / "CATALOG.md").read_text() == done.stdout, "run: hfgen ls --markdown > CATALOG.md"
 
 
@@ -80,9 +82,7 @@ def test_the_five_minute_method(tmp_path):
         "from hfgen import sandbox\nfrom hfgen.adapters import QRFitConfig\nfrom peft import get_peft_model\n"
         "get_peft_model(sandbox.load_model(), QRFitConfig(r=4, init_weights=False)).save_pretrained('saved')"
     )
-    out = venv.run(
-        "from peft import PeftConfig\nprint(type(PeftConfig.from_pretrained('saved')).__name__)"
-    ).stdout
+    out = venv.run("from peft import PeftConfig\nprint(type(PeftConfig.from_pretrained('saved')).__name__)").stdout
     assert out.strip() == "QRFitConfig"
     kit = venv.run(
         "import pytest, sys; sys.exit(pytest.main(['--pyargs', 'hfgen.testing', '--hfgen-plugin', 'qrfit', '-q']))"

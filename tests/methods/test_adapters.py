@@ -590,6 +590,17 @@ def test_a_second_save_and_a_reload_into_the_same_adapter(tmp_path):
     assert torch.equal(model(x), PeftModel.from_pretrained(Net(), tmp_path / "a")(x))
 
 
+@BOTH
+def test_torch_compile_has_no_graph_break(config_cls):
+    """The forward of a fresh adapter compiles as one graph, and gives what eager gives."""
+    model = adapted(config_cls, Net(), r=3, init_weights=False)
+    x = torch.randn(4, 7)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    compiled(x).sum().backward()
+    assert z_of(model).grad is not None
+
+
 def test_a_non_finite_base_is_named():
     net = Net()
     net.lin.weight.data[0, 0] = float("nan")
@@ -641,5 +652,9 @@ def test_unknown_option_suggests():
         SVFitConfig(r=0)
     with pytest.raises(ValueError, match="energy is 0.9, which needs every singular value"):
         SVFitConfig(energy=0.9, init_svd="lowrank")
+    with pytest.raises(ValueError, match="SVFitConfig.r is 16 but energy chooses the rank; leave r out"):
+        SVFitConfig(energy=0.9, r=16)
+    with pytest.raises(ValueError, match="oversample is 5 but init_svd='exact' draws no sketch"):
+        SVFitConfig(oversample=5)
     with pytest.raises(ValueError, match="matches no module of the model; did you mean 'lin'"):
         get_peft_model(Net(), SVFitConfig(target_modules=["linn"]))

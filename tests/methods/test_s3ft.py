@@ -1,13 +1,17 @@
 """S3FT: the order of its sources, their cost, M0 left as it was, killed builds and runs that go on bit-equal."""
 
+import dataclasses
 import json
 import random
 import shutil
+import traceback
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -565,3 +569,23 @@ def test_wrong_trainer_input(tmp_path, extra, options, error, message):
 def test_args_of_another_trainer_are_refused(tmp_path):
     with pytest.raises(TypeError, match="args is SFTConfig; pass an S3FTConfig"):
         S3FTTrainer("x", args=SFTConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=rows(), judge="exact")
+
+
+_JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=True), st.text(max_size=4),
+    st.lists(st.integers(-1, 1), max_size=2), st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    st.sampled_from(["exact", "numeric", "self", "none", "{}", '{"a": 1}', "[1]"]),
+)  # fmt: skip
+_OWN = sorted({f.name for f in dataclasses.fields(S3FTConfig)} - {f.name for f in dataclasses.fields(SFTConfig)})
+
+
+@given(options=st.dictionaries(st.sampled_from([*_OWN, "completion_only_loss"]), _JUNK, min_size=1, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_random_configs_work_or_are_refused_by_us(options):
+    try:
+        made = S3FTConfig("out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **options)
+    except (ValueError, TypeError) as exc:
+        frame = traceback.extract_tb(exc.__traceback__)[-1].filename
+        assert "/hfgen/" in frame or "/hfgen_plugins/" in frame, (options, exc, frame)
+    else:
+        assert made.s3ft_max_new_tokens >= 1 and made.completion_only_loss is True

@@ -67,7 +67,7 @@ class SVFitConfig(DiagonalConfig):
     """Configuration of SVFit. Trainable numbers: the sum over targets of min(r, m, n).
 
     Args:
-        r: Trained singular values per layer; clipped to min(m, n). Ignored by layers when `energy` is given.
+        r: Trained singular values per layer; clipped to min(m, n).
         energy: Choose r per layer as the smallest rank that holds this share (0, 1] of ||W||_F^2, instead of `r`.
         scaling: Constant in front of the weight delta (the paper has none: 1).
         init_svd: "exact" (LAPACK), or "lowrank" = a seeded sketch for wide layers and small r. Its factors are
@@ -97,4 +97,11 @@ class SVFitConfig(DiagonalConfig):
             raise ValueError(
                 f"SVFitConfig.energy is {self.energy}, which needs every singular value; set init_svd='exact'"
             )
+        # An option that would be ignored is an error.
+        ignored = {"r": "energy chooses the rank"} if self.energy is not None else {}
+        if self.init_svd == "exact":
+            ignored |= dict.fromkeys(("oversample", "n_iter"), "init_svd='exact' draws no sketch")
+        for name, why in ignored.items():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"SVFitConfig.{name} is {getattr(self, name)!r} but {why}; leave {name} out")
         super().__post_init__()

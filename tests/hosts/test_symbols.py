@@ -1,0 +1,67 @@
+"""Every upstream symbol we lean on, by name: a host release that moves one turns this red before a user sees it."""
+
+import importlib
+import inspect
+
+import pytest
+
+# module -> names; a trailing () says which parameters we pass
+SYMBOLS = {
+    "peft": ["PeftConfig", "PeftModel", "get_peft_model", "convert_to_lora"],
+    "peft.mapping": ["PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING"],
+    "peft.tuners._buffer_dict": ["BufferDict"],
+    "peft.tuners.tuners_utils": ["BaseTuner", "BaseTunerLayer", "_get_in_out_features", "check_adapters_to_merge"],
+    "peft.utils": [
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "TaskType", "get_quantization_kwargs",
+        "quantization_extra_repr", "register_peft_method", "resolve_quantization_backend",
+    ],
+    "peft.utils.constants": ["DUMMY_TARGET_MODULES", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME"],
+    "peft.utils.integrations": ["gather_params_ctx"],
+    "peft.utils.peft_types": ["PeftType"],
+    "transformers.pytorch_utils": ["Conv1D"],
+    "transformers.quantizers.auto": ["AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"],
+    "trl": ["SFTTrainer", "SFTConfig", "TrlParser", "ScriptArguments", "ModelConfig", "get_peft_config"],
+    "trl.trainer.utils": ["create_model_from_path"],
+    "accelerate": ["PartialState"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", SYMBOLS)
+def test_symbols(module):
+    found = importlib.import_module(module)
+    assert not [name for name in SYMBOLS[module] if not hasattr(found, name)]
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_contracts():
+    from peft.tuners._buffer_dict import BufferDict
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils import register_peft_method
+    from transformers import Trainer
+
+    assert {"name", "config_cls", "model_cls"} <= set(parameters(register_peft_method))
+    wanted = ["self", "peft_config", "adapter_name", "target", "target_name", "parent", "current_key", "parameter_name"]
+    assert parameters(BaseTuner._create_and_replace) == wanted
+    assert parameters(BaseTuner._get_adapter_state_dict) == [
+        "model",
+        "config",
+        "adapter_name",
+        "state_dict",
+        "unwanted_adapter_names",
+    ]
+    assert parameters(BaseTuner._remap_adapter_state_dict_for_load) == ["model", "config", "adapter_name", "state_dict"]
+    assert parameters(BaseTuner._prepare_adapter_config) == ["self", "peft_config", "model_config"]
+    assert parameters(BaseTuner._prepare_model) == ["self", "peft_config", "model"]
+    assert parameters(BaseTuner._cast_adapter_dtype) == ["self", "adapter_name", "autocast_adapter_dtype"]
+    assert parameters(BaseTunerLayer._move_adapter_to_device_of_base_layer) == ["self", "adapter_name", "device"]
+    assert parameters(BaseTunerLayer.merge) == ["self", "safe_merge", "adapter_names"]
+    assert "persistent" in parameters(BufferDict.__init__)
+    assert hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+def test_bitsandbytes_private_inverse():
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    assert parameters(modules._convert_weight_packed_for_cpu_inverse)[:2] == ["packed_weight", "quant_state"]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hfgen_plugins.trainers.s3ft import evidence
 
+from hfgen_plugins.trainers.s3ft import evidence
 from tests.fixtures.venvs import LinkedVenv
 
 ROOT = Path(__file__).parents[2]

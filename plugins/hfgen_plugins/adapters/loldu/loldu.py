@@ -26,27 +26,22 @@ def ldu(weight: Tensor, r: int, perm: Tensor | None = None) -> tuple[Tensor, Ten
     """First r terms of W[perm] = L diag(d) U: PL (m, r) in W's row order, d (r), U (r, n), perm (m, int32).
 
     With `perm` None, rows are ordered by partial pivoting. With a stored `perm` the factors are unique, so they come out
-    the same on a machine whose LAPACK would have broken a near-tie the other way. A pivot |d_i| <= eps max|d| k is at
+    the same on a machine whose LAPACK would have broken a near-tie the other way. A pivot |d_i| <= eps max|W| k is at
     rounding level: its column of PL and its d become 0, its row of U a unit vector (D^-1 U would be NaN).
     """
-    m, n = weight.shape
-    k = min(m, n)
+    (m, n), k, like = weight.shape, min(weight.shape), {"dtype": weight.dtype, "device": weight.device}
     if perm is None:
         packed, pivots, _ = torch.linalg.lu_factor_ex(weight)  # an exact zero pivot is ours to handle
         order = torch.arange(m)
         for i, j in enumerate((pivots.cpu() - 1).tolist()):  # LAPACK gives row swaps, one after the other
             order[[i, j]] = order[[j, i]]
-        lower = torch.tril(packed[:, :k], -1)[:, :r] + torch.eye(m, r, dtype=packed.dtype, device=packed.device)
-        upper, diagonal = torch.triu(packed[:k])[:r], packed.diagonal()
+        lower, upper = torch.tril(packed[:, :k], -1)[:, :r] + torch.eye(m, r, **like), torch.triu(packed[:k])[:r]
     else:
         order = perm.long().cpu()
         lower, upper = _eliminate(weight[order.to(weight.device)], r)
-        diagonal = upper.diagonal()
-    d = diagonal[:r]
-    tiny = d.abs() <= torch.finfo(d.dtype).eps * diagonal.abs().max() * k
-    unit = torch.where(
-        tiny[:, None], torch.eye(r, n, dtype=d.dtype, device=d.device), upper / torch.where(tiny, 1, d)[:, None]
-    )
+    d = upper.diagonal()
+    tiny = d.abs() <= torch.finfo(d.dtype).eps * weight.abs().max() * k
+    unit = torch.where(tiny[:, None], torch.eye(r, n, **like), upper / torch.where(tiny, 1, d)[:, None])
     left = torch.empty_like(lower)
     left[order.to(weight.device)] = torch.where(tiny, 0, lower)
     return left, torch.where(tiny, 0, d), unit, order.to(torch.int32).to(weight.device)
@@ -69,9 +64,8 @@ def initial_z(d: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
     def draw(normal: bool) -> Tensor:
         value = torch.empty(d.shape, dtype=d.dtype)
-        return (value.normal_(generator=generator) if normal else value.uniform_(-1, 1, generator=generator)).to(
-            d.device
-        )
+        value = value.normal_(generator=generator) if normal else value.uniform_(-1, 1, generator=generator)
+        return value.to(d.device)
 
     mean = d.mean()
     match kind:
@@ -119,9 +113,8 @@ class LoLDULinear(DiagonalLayer):
         perm = self.loldu_perm[adapter_name].cpu()
         if not torch.equal(perm.long().sort().values, torch.arange(self.out_features)):
             return "loldu_perm is not a permutation of its rows"
-        if not torch.equal(
-            perm, self._perms[adapter_name]
-        ):  # a near-tie fell the other way on the machine that saved it
+        # A near-tie may have fallen the other way on the machine that saved it.
+        if not torch.equal(perm, self._perms[adapter_name]):
             weight = self._weight_2d()
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             left, d, right, _ = ldu(weight, len(self._facts[adapter_name]["reference"]), perm)

@@ -102,6 +102,12 @@ def _distribution(ep: EntryPoint) -> tuple[str, str]:
     return (ep.dist.name, ep.dist.version) if ep.dist is not None else ("unknown", "?")
 
 
+def distribution(kind: str, name: str) -> tuple[str, str] | None:
+    """Name and version of the distribution that offers a method, without importing anything of it; None if none does."""
+    candidates = _scan().get((kind, name))
+    return _distribution(candidates[0]) if candidates else None
+
+
 def _same_distribution(a: str, b: str) -> bool:
     return re.sub(r"[-_.]+", "-", a).lower() == re.sub(r"[-_.]+", "-", b).lower()
 

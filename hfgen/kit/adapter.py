@@ -181,10 +181,7 @@ def _hosts_peft() -> Any:
 
 def _distribution_of(method: str, cls: type) -> tuple[str, str]:
     """Distribution and version that offer the method; its top-level package where no entry point names it."""
-    for plugin in catalog.plugins("adapters"):
-        if plugin.name == method:
-            return plugin.distribution, plugin.version
-    return cls.__module__.partition(".")[0], "0"
+    return catalog.distribution("adapters", method) or (cls.__module__.partition(".")[0], "0")
 
 
 _README_MARK = "<!-- hfgen -->"
@@ -228,9 +225,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self._unverified: dict[
-            str, dict[str, Any]
-        ] = {}  # adapters whose loaded state was not compared with the base yet
+        # Adapters whose loaded state was not compared with the base yet, with the fingerprint their file gives.
+        self._unverified: dict[str, dict[str, Any]] = {}
         self.base_probes: dict[str, list[float]] = {}
         self.setup()
         self.register_load_state_dict_post_hook(_verify_after_load)
@@ -245,7 +241,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def build(self, adapter_name: str, config: Any, weight: Tensor) -> None:
         """Fill the containers from the base weight (m, n), given in float32 or wider and never to be written to.
 
-        Do not read a parameter back after registering it: with low_cpu_mem_usage it is on the meta device.
+        Do not read a parameter back after registering it: with low_cpu_mem_usage it is on the meta device. The weight
+        itself is there when the base model is: then only shapes are wanted.
         """
 
     @abstractmethod
@@ -280,9 +277,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         with gather_params_ctx(getattr(base, "weight", None)), torch.no_grad():
             weight = self._weight_2d()
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"the weight of {self.module_name} holds NaN or Inf; mend the base model first")
-            self.base_probes[adapter_name] = base_probe(weight)
+            if not weight.is_meta:  # a meta model has shapes to count, and nothing to look at
+                if not torch.isfinite(weight).all():
+                    raise ValueError(f"the weight of {self.module_name} holds NaN or Inf; mend the base model first")
+                self.base_probes[adapter_name] = base_probe(weight)
             self.build(adapter_name, config, weight)
         if config._fingerprint:  # the config comes from a file; a fresh adapter has nothing to compare
             self._unverified[adapter_name] = config._fingerprint.get(self.module_name, {})
@@ -564,7 +562,7 @@ class DeltaTuner(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         layers = [m for m in model.modules() if isinstance(m, DeltaLayer) and m._has(adapter_name)]
         if found:  # empty on the ranks that do not save
-            config._fingerprint = {m.module_name: m.fingerprint(adapter_name) for m in layers}
+            config._fingerprint = {m.module_name: m.fingerprint(adapter_name) for m in layers if m.base_probes}
         return found
 
     @classmethod

@@ -35,6 +35,15 @@ class Factors(NamedTuple):
     reference: Tensor
 
 
+def _shapes(config: Any, weight: Tensor) -> Factors:
+    """Factors of a meta weight: shapes only."""
+    if getattr(config, "energy", None) is not None:
+        raise ValueError("energy needs the base model's weights, which are on the meta device; load them, or give r")
+    (m, n), r = weight.shape, min(config.r, *weight.shape)
+    vector = weight.new_empty(r)
+    return Factors(weight.new_empty(m, r), weight.new_empty(r, n), vector, vector)
+
+
 @dataclass
 class DiagonalConfig(DeltaConfig):
     """Fields of adapters that train a diagonal between frozen factors.
@@ -96,7 +105,7 @@ class DiagonalLayer(DeltaLayer):
         return 1.0
 
     def build(self, adapter_name: str, config: Any, weight: Tensor) -> None:
-        factors = self.factorise(adapter_name, config, weight)
+        factors = _shapes(config, weight) if weight.is_meta else self.factorise(adapter_name, config, weight)
         reference, start = factors.reference.clone(), factors.start.clone()
         if not config.init_weights:
             spread = reference.abs().mean().clamp_min(torch.finfo(reference.dtype).tiny)
@@ -107,8 +116,8 @@ class DiagonalLayer(DeltaLayer):
             "scale": scale,
             "shift": config.decay_to_init,
             "save_factors": config.save_factors,
-            "start": trained.detach().cpu().clone(),
-            "reference": reference.cpu().clone(),
+            "start": trained if trained.is_meta else trained.detach().cpu().clone(),
+            "reference": reference if reference.is_meta else reference.cpu().clone(),
         }
         self._set_factors(adapter_name, factors)
         getattr(self, f"{self.z_name}0")[adapter_name] = reference

@@ -241,39 +241,14 @@ ROBERTA = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 1
 
 
 def count(model, config):
-    """Trainable parameters on a model whose base never has values: zeros shared by all weights of one shape."""
+    """Trainable parameters on a meta-device model."""
     with torch.device("meta"):
         net = model()
-    zeros = {}
-    for module in net.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            shape = tuple(p.shape)
-            if shape not in zeros:
-                zeros[shape] = torch.zeros(1).expand(shape)
-            setattr(module, name, nn.Parameter(zeros[shape], requires_grad=False))
     return sum(p.numel() for p in get_peft_model(net, config).parameters() if p.requires_grad)
 
 
-@pytest.fixture
-def no_factorisation(monkeypatch):
-    """Counts need shapes only; the factorisations of 768^2 to 4096^2 weights would take minutes."""
-    from hfgen.kit import adapter, diagonal
-    from hfgen_plugins.adapters.loldu import loldu
-    from hfgen_plugins.adapters.svfit import svfit
-
-    def shapes(weight, r, *rest):
-        (m, n), e = weight.shape, torch.zeros(1)
-        return e.expand(m, r), e.expand(r), e.expand(r, n), torch.arange(m, dtype=torch.int32)
-
-    monkeypatch.setattr(svfit, "top_singular", lambda w, r, e=None: (lambda f: (f[0], f[1], f[2]))(shapes(w, r)))
-    monkeypatch.setattr(loldu, "ldu", shapes)
-    monkeypatch.setattr(diagonal.DiagonalLayer, "_set_factors", lambda self, name, factors: None)
-    monkeypatch.setattr(torch, "isfinite", lambda t: torch.ones(1))
-    monkeypatch.setattr(adapter, "base_probe", lambda w: [0.0, 0.0, 1.0])
-
-
 @BOTH
-def test_counts_of_the_sheets(config_cls, no_factorisation):
+def test_counts_of_the_sheets(config_cls):
     def roberta(**changes):
         return lambda: RobertaModel(RobertaConfig(**(ROBERTA | changes)), add_pooling_layer=False)
 
@@ -291,7 +266,7 @@ def test_counts_of_the_sheets(config_cls, no_factorisation):
         assert count(model, config_cls(r=r, target_modules=targets)) == expected
 
 
-def test_counts_of_loldus_rank_ablation(no_factorisation):
+def test_counts_of_loldus_rank_ablation():
     def vit():
         return ViTModel(ViTConfig(**ROBERTA), add_pooling_layer=False)
 
@@ -311,12 +286,19 @@ def test_counts_of_loldus_rank_ablation(no_factorisation):
 
 
 @BOTH
-def test_counts_of_llama2_7b(config_cls, no_factorisation):
+def test_counts_of_llama2_7b(config_cls):
     shape = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     seven = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert count(lambda: LlamaForCausalLM(shape), config_cls(r=4096, target_modules=["q_proj", "v_proj"])) == 262144
     assert count(lambda: LlamaForCausalLM(shape), config_cls(r=4096, target_modules=seven)) == 917504
     assert count(lambda: LlamaForCausalLM(shape), config_cls(r=256, target_modules=["q_proj", "v_proj"])) == 16384
+
+
+def test_energy_on_a_meta_model_is_refused():
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(ValueError, match="energy needs the base model's weights"):
+        adapted(SVFitConfig, net, energy=0.9)
 
 
 @pytest.mark.parametrize(

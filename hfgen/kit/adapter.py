@@ -228,6 +228,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         # Adapters whose loaded state was not compared with the base yet, with the fingerprint their file gives.
         self._unverified: dict[str, dict[str, Any]] = {}
         self.base_probes: dict[str, list[float]] = {}
+        self.scales: dict[str, float] = {}  # set at run time by scale_layer / set_scale; never saved
         self.setup()
         self.register_load_state_dict_post_hook(_verify_after_load)
         self.update_layer(adapter_name, config)
@@ -316,7 +317,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """dW in the layout of the base weight, in the adapter's dtype (float32 for half precision on CPU)."""
         if self._unverified:
             self.verify(adapter_name)
-        delta = self.delta_weight(adapter_name)
+        delta = self.delta_weight(adapter_name) * self.scales.get(adapter_name, 1.0)
         return delta.T if self.is_conv1d else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -365,10 +366,31 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if self._has(name):
                 if self._unverified:
                     self.verify(name)
-                result = result + self.delta_forward(name, x)
+                delta = self.delta_forward(name, x)
+                result = result + (delta * self.scales[name] if name in self.scales else delta)
         return result.to(dtype)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply one adapter's delta by `scale` from now on (diffusers' `set_adapters` weights)."""
+        if self.merged:
+            raise ValueError(
+                f"adapter {adapter!r} cannot be scaled while {self.merged_adapters} is merged; unmerge first"
+            )
+        if self._has(adapter):
+            self.scales[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' deltas by `scale`, on top of what was set before."""
+        for name in self.active_adapters:
+            self.set_scale(name, self.scales.get(name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' deltas by `scale`; None takes every scale away."""
+        for name in self.active_adapters:
+            self.set_scale(name, 1.0 if scale is None else self.scales.get(name, 1.0) / scale)
+
     def delete_adapter(self, adapter_name: str) -> None:
+        self.scales.pop(adapter_name, None)
         self._unverified.pop(adapter_name, None)
         self.base_probes.pop(adapter_name, None)
         super().delete_adapter(adapter_name)

@@ -6,7 +6,6 @@ c = scale * z - scale0 * z0, so the base weight is never written to and the star
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -181,11 +180,3 @@ class DiagonalLayer(DeltaLayer):
     def generator_seed(self, config: Any) -> int:
         """A seed from (config.seed, the layer's name): the same on every rank and machine."""
         return zlib.crc32(f"{config.seed}:{self.module_name}".encode())
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply dW of the active adapters by `scale` (diffusers' `set_adapters` weights)."""
-        if scale != 1.0:
-            warnings.warn(f"{type(self).__name__} does not support scaling; dW stays as trained")
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`."""

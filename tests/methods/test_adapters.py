@@ -573,6 +573,29 @@ def test_a_second_save_and_a_reload_into_the_same_adapter(tmp_path):
 
 
 @BOTH
+def test_run_time_scale(config_cls):
+    """scale_layer, set_scale and unscale_layer multiply the delta, also of a merge; peft's context manager for LoRA's way."""
+    net = Net()
+    x = torch.randn(3, 7)
+    before = net(x).detach()
+    model = adapted(config_cls, net, r=3, init_weights=False)
+    layer, delta = model.base_model.model.lin, model(x) - before
+    layer.scale_layer(0.5)
+    assert torch.allclose(model(x), before + 0.5 * delta, atol=1e-6)
+    layer.scale_layer(0.5)
+    model.merge_adapter()
+    assert torch.allclose(model(x), before + 0.25 * delta, atol=1e-6)
+    with pytest.raises(ValueError, match="cannot be scaled while"):
+        layer.scale_layer(2.0)
+    model.unmerge_adapter()
+    layer.unscale_layer(0.5)
+    assert torch.allclose(model(x), before + 0.5 * delta, atol=1e-6)
+    layer.set_scale("default", 2.0)
+    layer.unscale_layer()
+    assert torch.allclose(model(x), before + delta, atol=1e-6)
+
+
+@BOTH
 def test_torch_compile_has_no_graph_break(config_cls):
     """The forward of a fresh adapter compiles as one graph, and gives what eager gives."""
     model = adapted(config_cls, Net(), r=3, init_weights=False)

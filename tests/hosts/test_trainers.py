@@ -1,0 +1,126 @@
+"""Adapters in the hosts' own trainers: trl's SFT, DPO and Reward with peft_config=, Trainer's resume, diffusers' UNet."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from hfgen import sandbox
+from hfgen.adapters import LoLDUConfig, SVFitConfig
+
+BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig])
+COMMON = {
+    "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True, "bf16": False,
+    "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
+}  # fmt: skip
+R = sandbox.tasks.R
+ROWS = [{"prompt": p, "completion": R.gold(p)} for p in R.prompts[:8]]
+PAIRS = [{"prompt": p, "chosen": R.gold(p), "rejected": R.gold(p)[::-1]} for p in R.prompts[:8]]
+
+
+def trainer_of(kind, config, folder, **changes):
+    shared = {"processing_class": sandbox.load_tokenizer(), "peft_config": config}
+    arguments = {"output_dir": str(folder), **COMMON, **changes}
+    if kind == "sft":
+        data = Dataset.from_list(ROWS)
+        return SFTTrainer(sandbox.load_model(), args=SFTConfig(**arguments), train_dataset=data, **shared)
+    data = Dataset.from_list(PAIRS)
+    if kind == "dpo":
+        return DPOTrainer(sandbox.load_model(), args=DPOConfig(**arguments), train_dataset=data, **shared)
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification.from_pretrained(str(sandbox.path()), num_labels=1)
+    return RewardTrainer(model, args=RewardConfig(**arguments), train_dataset=data, **shared)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
+def test_trl(config_cls, kind, tmp_path):
+    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    heads = ["score"] if kind == "reward" else None
+    config = config_cls(r=4, target_modules=["q_proj", "v_proj"], task_type=task, modules_to_save=heads)
+    trainer = trainer_of(kind, config, tmp_path)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    prefix = trainer.model.base_model.prefix
+    assert moved and all(prefix in n or "score" in n for n in moved), moved
+    trainer.save_model(str(tmp_path / "saved"))
+    base = (
+        LlamaForSequenceClassification.from_pretrained(str(sandbox.path()), num_labels=1)
+        if kind == "reward"
+        else sandbox.load_model()
+    )
+    again = PeftModel.from_pretrained(base, tmp_path / "saved").eval()
+    ids = torch.arange(2, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, trainer.model.eval()(ids).logits)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 2
+
+
+@BOTH
+@pytest.mark.parametrize("options", [{}, {"decay_to_init": True, "save_factors": True}])
+def test_resume_is_bit_equal(config_cls, options, tmp_path):
+    """Stopped after 2 of 4 steps and resumed in a new trainer: the same weights as the run that went through."""
+    ids = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+    def build(folder):
+        torch.manual_seed(0)
+        config = config_cls(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+        args = TrainingArguments(str(folder), save_steps=1, weight_decay=0.1, **COMMON)
+        return Trainer(get_peft_model(sandbox.load_model(), config), args, train_dataset=rows)
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    first = build(tmp_path / "cut")
+    first.add_callback(Stop())
+    first.train()
+    assert first.state.global_step == 2
+    second = build(tmp_path / "cut")
+    second.train(resume_from_checkpoint=True)
+    ends = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, second)]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(p, ends[1][n]) for n, p in ends[0].items())
+
+
+@BOTH
+def test_diffusers_unet(config_cls, tmp_path):
+    """add_adapter / disable / enable, and peft's own save and load (diffusers' loader takes LoRA only)."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    shape = {
+        "sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1, "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "norm_num_groups": 4,
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 8, "attention_head_dim": 2,
+    }  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(**shape).eval()
+    plain = {k: v.clone() for k, v in unet.state_dict().items()}
+    x, t, c = torch.randn(1, 2, 8, 8), torch.tensor([3]), torch.randn(1, 4, 8)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+
+    def out(model):
+        with torch.no_grad():
+            return model(x, t, c).sample
+
+    before = out(unet)
+    unet.add_adapter(config_cls(r=3, target_modules=targets, init_weights=False))
+    on = out(unet)
+    assert not torch.allclose(on, before, atol=1e-4)
+    unet.disable_adapters()
+    assert torch.equal(out(unet), before)
+    unet.enable_adapters()
+    assert torch.equal(out(unet), on)
+
+    fresh = diffusers.UNet2DConditionModel(**shape).eval()
+    fresh.load_state_dict(plain)
+    wrapped = get_peft_model(fresh, config_cls(r=3, target_modules=targets, init_weights=False)).eval()
+    wrapped.save_pretrained(tmp_path)
+    again = diffusers.UNet2DConditionModel(**shape).eval()
+    again.load_state_dict(plain)
+    loaded = PeftModel.from_pretrained(again, tmp_path).eval()
+    assert torch.equal(out(loaded), out(wrapped))

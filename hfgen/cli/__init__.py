@@ -26,6 +26,6 @@ def main() -> None:
         app.command(command)(getattr(importlib.import_module(f"hfgen.cli.{command}"), command))
     try:
         app()
-    except CatalogError as exc:
+    except (CatalogError, OSError) as exc:
         print(f"hfgen: {exc}", file=sys.stderr)
         raise SystemExit(2) from None

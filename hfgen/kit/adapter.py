@@ -141,6 +141,10 @@ class DeltaConfig(PeftConfig):
             )
         # Kept apart: what a file says is compared once, what a save computes is written once.
         self._fingerprint: dict[str, dict[str, list[float]]] = self.hfgen.pop("fingerprint", {})
+        if not _is_fingerprint(self._fingerprint):
+            raise ValueError(
+                f"{type(self).__name__}.hfgen has a malformed fingerprint; the file is damaged, save it again"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with the fingerprint of the last save in the `hfgen` block."""
@@ -182,6 +186,20 @@ def _hosts_peft() -> Any:
 def _distribution_of(method: str, cls: type) -> tuple[str, str]:
     """Distribution and version that offer the method; its top-level package where no entry point names it."""
     return catalog.distribution("adapters", method) or (cls.__module__.partition(".")[0], "0")
+
+
+def _is_fingerprint(found: Any) -> bool:
+    """{module: {"base": 3 numbers, "delta": 3 numbers}}"""
+    return isinstance(found, dict) and all(
+        isinstance(entry, dict)
+        and all(
+            isinstance(entry.get(part), list)
+            and len(entry[part]) == 3
+            and all(isinstance(v, (int, float)) for v in entry[part])
+            for part in ("base", "delta")
+        )
+        for entry in found.values()
+    )
 
 
 _README_MARK = "<!-- hfgen -->"
@@ -610,6 +628,11 @@ class DeltaTuner(BaseTuner):
                     raise ValueError(
                         f"{attr} of {layer.module_name} has shape {tuple(mapped[key].shape)} in the adapter file and "
                         f"{tuple(have[key].shape)} in this model; the file belongs to another base or configuration"
+                    )
+                if mapped[key].is_floating_point() and not torch.isfinite(mapped[key]).all():
+                    raise ValueError(
+                        f"{attr} of {layer.module_name} holds NaN or Inf in the adapter file; the run that saved it "
+                        "diverged or the file is damaged, take an earlier checkpoint"
                     )
             layer._unverified.setdefault(adapter_name, {})
         return mapped

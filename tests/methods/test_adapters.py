@@ -550,6 +550,70 @@ def test_a_row_order_of_another_machine_is_followed(tmp_path):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    "damage", [3, [], {"lin": 1}, {"lin": {"base": [1, 2, 3]}}, {"lin": {"base": ["a"] * 3, "delta": []}}]
+)
+def test_a_malformed_fingerprint_is_refused(config_cls, damage, tmp_path):
+    saved(config_cls, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    data = json.loads(path.read_text())
+    data["hfgen"]["fingerprint"] = damage
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="malformed fingerprint; the file is damaged"):
+        PeftModel.from_pretrained(Net(), tmp_path)
+
+
+@BOTH
+def test_a_diverged_adapter_is_refused(config_cls, tmp_path):
+    model = adapted(config_cls, Net(), r=3)
+    with torch.no_grad():
+        z_of(model)[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of lin holds NaN or Inf in the adapter file"):
+        PeftModel.from_pretrained(Net(), tmp_path)
+
+
+@BOTH
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_bias_trains_saves_and_loads(config_cls, bias, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    method = config_cls.tuner_cls.prefix.removesuffix("_")
+    config = config_cls(target_modules=["0"], r=2, bias="all" if bias == "all" else f"{method}_only")
+    model = get_peft_model(net(), config)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    assert len(trained) == (2 if bias == "all" else 1)
+    x = torch.randn(5, 6)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(net(), tmp_path)(x), model(x))
+
+
+@BOTH
+def test_choosing_targets(config_cls):
+    """A list, a regular expression, exclusion and layer indices choose what they do for LoRA."""
+    shape = LlamaConfig(vocab_size=20, num_key_value_heads=1, **(SMALL | {"num_hidden_layers": 3}))
+
+    def chosen(**options):
+        model = get_peft_model(LlamaForCausalLM(shape), config_cls(r=1, **options))
+        return sorted(model.targeted_module_names)
+
+    every = [f"model.layers.{i}.self_attn.{n}" for i in range(3) for n in ("q_proj", "v_proj")]
+    assert chosen() == every  # peft's default for Llama
+    assert chosen(target_modules=["q_proj", "v_proj"], layers_to_transform=1) == every[2:4]
+    assert (
+        chosen(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2], layers_pattern="layers")
+        == every[:2] + every[4:]
+    )
+    assert chosen(target_modules=r".*layers\.2\..*q_proj") == every[4:5]
+    assert chosen(target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"]) == every[::2]
+
+
+@BOTH
 def test_a_newer_format_is_refused(config_cls, tmp_path):
     saved(config_cls, tmp_path)
     path = tmp_path / "adapter_config.json"

@@ -74,7 +74,7 @@ def initial_z(d: Tensor, kind: str, generator: torch.Generator) -> Tensor:
         case "uniform":
             return draw(normal=False) * mean.abs() / 2
         case "normal":
-            return mean + d.std(unbiased=False) * draw(normal=True)
+            return mean + d.std(correction=min(1, len(d) - 1)) * draw(normal=True)
         case "constant":
             return mean.expand_as(d)
         case "s_uniform" | "s_normal":

@@ -32,10 +32,7 @@ CARD = MethodCard(
         "the paper counts a trained scale; the authors' code freezes it: train_scale=False",
         "no claim of orthogonality: L and U are triangular",
     ),
-    sources=(
-        "SKDDJ/LoLDU at 4fe87a0 (no licence file): read to settle the inits; weights and gradients compared, "
-        "no code used"
-    ),
+    sources="SKDDJ/LoLDU 4fe87a0 (no licence file): read to settle the inits, numbers compared, no code used",
     claims=(
         Claim(
             "vision",

@@ -55,6 +55,23 @@ def test_readme_table_is_the_ledgers():
     assert LEDGER["settings_commit"][:7] in README
 
 
+def test_readme_speed_and_classify_tables_are_the_results():
+    bench = json.loads((ROOT / "recipes/bench/results/adapters.json").read_text())
+    names = {("8", "q,v"): "r=8, q and v", ("8", "all linears"): "r=8, all linear layers",
+             ("full", "q,v"): "full rank, q and v", ("full", "all linears"): "full rank, all linear layers"}  # fmt: skip
+    for setting in bench["settings"]:
+        svfit, loldu = setting["methods"]["svfit"], setting["methods"]["loldu"]
+        label = names[setting["rank"], setting["targets"]]
+        row = (f"| {label} | {svfit['step']['median']:.2f}x | {loldu['step']['median']:.2f}x "
+               f"| {max(svfit['memory_ratio'], loldu['memory_ratio']):.2f}x |")  # fmt: skip
+        assert row in README, row
+    arms = json.loads((ROOT / "recipes/bench/results/classify.json").read_text())["arms"]
+    for name, arm in arms.items():
+        low, high = arm["interval"]
+        row = f"| {name} | {arm['adapter_parameters']:,} | {arm['accuracy']:.3f} ({low:.3f} to {high:.3f}) |"
+        assert row in README, row
+
+
 def test_ledger_is_of_the_settings_that_stand_in_the_code():
     import dataclasses
 

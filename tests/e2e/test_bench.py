@@ -1,0 +1,145 @@
+"""recipes/bench at toy size: the report's shape, and the arithmetic that does not depend on the machine. No timing."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from hfgen.adapters import LoLDUConfig, SVFitConfig
+
+BENCH = Path(__file__).parents[2] / "recipes" / "bench"
+RESULTS = BENCH / "results"
+CONFIGS = (SVFitConfig, LoLDUConfig)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    return load("adapters")
+
+
+@pytest.fixture(scope="module")
+def startup():
+    return load("startup")
+
+
+def shape(value):
+    """Keys and types of a report, all the way down; a list by its first entry."""
+    if isinstance(value, dict):
+        return {key: shape(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shape(value[0])] if value else []
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else type(value).__name__
+
+
+def test_report_has_the_shape_of_the_kept_one(adapters, tmp_path, capsys):
+    out = tmp_path / "report.json"
+    adapters.main(["--rounds", "1", "--hidden", "32", "--tokens", "16", "--layers", "1", "--out", str(out)])
+    report, kept = json.loads(out.read_text()), json.loads((RESULTS / "adapters.json").read_text())
+    assert shape(report) == shape(kept) | {"arguments": shape(report["arguments"])}
+    assert [(s["rank"], s["targets"]) for s in report["settings"]] == [
+        (rank, place) for place in ("q,v", "all linears") for rank in ("8", "full")
+    ]
+    assert [b["what"] for b in report["bars"]] == [b["what"] for b in kept["bars"]] and len(kept["bars"]) == 16
+    for setting in report["settings"]:
+        assert set(setting["methods"]) == {"lora", "svfit", "loldu"}
+        assert setting["methods"]["lora"]["step"]["median"] == setting["methods"]["lora"]["memory_ratio"] == 1
+        for row in setting["methods"].values():
+            parts = {k: v for k, v in row["bytes"].items() if k != "total"}
+            assert min(parts.values()) > 0 and sum(parts.values()) == row["bytes"]["total"]
+    printed = capsys.readouterr().out
+    assert "One training step against peft LoRA r=8" in printed and "svfit, rank 8, q,v: step / LoRA" in printed
+
+
+@pytest.mark.parametrize(("method", "r"), [("svfit", 8), ("svfit", 32), ("loldu", 8), ("loldu", 32), ("lora", 8)])
+@pytest.mark.parametrize("place", ["q,v", "all linears"])
+def test_extra_flops_are_2_t_r_m_plus_n_per_linear(adapters, method, r, place):
+    args = adapters.BenchArguments(hidden=32, tokens=16, layers=2)
+    base = adapters.Arm(args, None, 0, None)
+    arm = adapters.Arm(args, method, r, adapters.TARGETS[place])
+    names = {"q_proj", "v_proj"} if place == "q,v" else linears(base.model)
+    shapes = [m.weight.shape for n, m in base.model.named_modules() if n.rpartition(".")[2] in names]
+    assert len(shapes) == {"q,v": 4, "all linears": 14}[place]
+    extra = adapters.flops(arm.forward) - adapters.flops(base.forward)
+    assert extra == sum(2 * args.tokens * r * (m + n) for m, n in shapes)
+
+
+def linears(model):
+    return {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+
+
+def test_flops_of_a_step_count_attention(adapters):
+    args = adapters.BenchArguments(hidden=32, tokens=16, layers=1)
+    arm = adapters.Arm(args, None, 0, None)
+    linears = sum(2 * 16 * m.weight.numel() for m in arm.model.modules() if isinstance(m, nn.Linear))
+    assert adapters.flops(arm.forward) - linears == 4 * 16 * 16 * 32  # q k^T and p v
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 24), st.integers(2, 24), st.integers(1, 30), st.sampled_from(CONFIGS))
+def test_saved_bytes_of_an_adapted_linear(tokens, n, m, r, config):
+    """4 T r for the projected input, and the r coefficients; the frozen base and the factors add nothing."""
+    bench = load_once()
+    model = nn.Sequential(nn.Linear(n, m, bias=False)).requires_grad_(False)
+    inject_adapter_in_model(config(r=r, target_modules=["0"]), model)
+    x = torch.randn(tokens, n, requires_grad=True)
+    k = min(r, m, n)
+    assert 4 * tokens * k <= bench.saved_bytes(lambda: model(x).sum(), model) <= 4 * tokens * k + 4 * 2 * k
+
+
+def load_once():
+    """hypothesis runs one function many times; it takes no fixture of a narrower scope."""
+    return sys.modules.get("bench_adapters") or load("adapters")
+
+
+def test_saved_bytes_counts_a_storage_once_and_no_parameter(adapters):
+    model = nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    assert adapters.saved_bytes(lambda: model(x).sum(), model) == 4 * 4 * 8  # x, for the weight's gradient
+    assert adapters.saved_bytes(lambda: (model(x).exp() * model(x[:2]).sum()).sum(), model) > 4 * 4 * 8
+    lora = nn.Sequential(nn.Linear(8, 8, bias=False))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), lora)
+    assert adapters.saved_bytes(lambda: lora(x).sum(), lora) == 4 * 4 * (8 + 2)  # x and A x
+
+
+def test_ratios_are_taken_within_a_round(adapters):
+    found = {"lora": [1.0, 2.0, 4.0], "svfit": [2.0, 4.0, 8.0]}
+    assert adapters.ratios(found, "svfit", "lora") == {"median": 2.0, "q25": 2.0, "q75": 2.0}
+    order = []
+    adapters.interleaved({n: lambda n=n: order.append(n) or 1.0 for n in "abc"}, 2)
+    assert "".join(order) == "abc" + "abc" + "bca"
+
+
+def test_startup_report(startup, tmp_path, monkeypatch, capsys):
+    arms = dict(list(startup.TORCH_ARMS.items())[:1])
+    monkeypatch.setattr(startup, "TORCH_ARMS", arms)
+    out = tmp_path / "startup.json"
+    startup.main(["--processes", "1", "--out", str(out)])
+    report, kept = json.loads(out.read_text()), json.loads((RESULTS / "startup.json").read_text())
+    missing = set(kept["figures"]) - set(report["figures"])
+    assert missing == set(load("startup").TORCH_ARMS) - set(arms)
+    for name in missing:
+        del kept["figures"][name]
+    assert shape(report) == shape(kept) and set(report["bars"]) == {"import hfgen", "hfgen ls", "hook"}
+    assert all(row["min"] > 0 for row in report["figures"].values())
+    assert "hfgen ls, wall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "option"), [("adapters", "rounds"), ("startup", "processes")])
+def test_bad_count(name, option, request):
+    with pytest.raises(ValueError, match=f"{option} is 0; give 1 or more"):
+        request.getfixturevalue(name).main([f"--{option}", "0"])

@@ -117,7 +117,7 @@ def build(out: Path, steps: int = STEPS, seed: int = 0) -> dict[str, float]:
         model = make_model(tokenizer, seed)
         train(model, tokenizer, steps, seed)
         model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        make_tokenizer().save_pretrained(out)
         (out / "model.safetensors").chmod(0o644)  # written 0600; a wheel keeps the mode
         trained, held_out = tasks.D.split(0)
         return {

@@ -29,7 +29,7 @@ from hfgen.card import KINDS, MethodCard
 logger = logging.getLogger("hfgen")
 
 # How a loaded target gets into its host's slot. Kinds that are used directly (trainers, judges) need none.
-_REGISTRARS = {"adapters": "hfgen.hosts.peft:register"}
+_REGISTRARS = {"adapters": "hfgen.hosts.peft:register", "quantizers": "hfgen.hosts.transformers:register"}
 
 
 class CatalogError(ValueError):

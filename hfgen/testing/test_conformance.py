@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 from hfgen import catalog
-from hfgen.testing import adapters, trainers
+from hfgen.testing import adapters, quantizers, trainers
 
-_KINDS: dict[str, dict[str, Any]] = {"adapters": adapters.CHECKS, "trainers": trainers.CHECKS}
+_KINDS: dict[str, dict[str, Any]] = {
+    "adapters": adapters.CHECKS,
+    "quantizers": quantizers.CHECKS,
+    "trainers": trainers.CHECKS,
+}
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
@@ -25,5 +29,7 @@ def test_conformance(card: Any, check: str) -> None:
     target = catalog.load(card.name, card.kind)
     if card.kind == "adapters":
         adapters.CHECKS[check](adapters.AdapterCase(target))
+    elif card.kind == "quantizers":
+        quantizers.CHECKS[check](quantizers.QuantizerCase(target))
     else:
         trainers.CHECKS[check](trainers.TrainerCase(target, card))

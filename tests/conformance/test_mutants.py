@@ -2,13 +2,15 @@
 
 import pytest
 
-from hfgen.testing import adapters, trainers
+from hfgen.testing import adapters, quantizers, trainers
 from tests.fixtures.mutants import adapters as adapter_mutants
+from tests.fixtures.mutants import quantizers as quantizer_mutants
 from tests.fixtures.mutants import trainers as trainer_mutants
 
 
 def test_every_check_has_a_mutant():
     assert set(adapter_mutants.MUTANTS) == set(adapters.CHECKS)
+    assert set(quantizer_mutants.MUTANTS) == set(quantizers.CHECKS)
     assert set(trainer_mutants.MUTANTS) == set(trainers.CHECKS)
 
 
@@ -24,3 +26,10 @@ def test_the_check_finds_its_mutant_trainer(check):
     trainer_cls, card, words = trainer_mutants.MUTANTS[check]
     with pytest.raises(AssertionError, match=words):
         trainers.CHECKS[check](trainers.TrainerCase(trainer_cls, card))
+
+
+@pytest.mark.parametrize("check", quantizers.CHECKS)
+def test_the_check_finds_its_mutant_quantizer(check):
+    config_cls, words = quantizer_mutants.MUTANTS[check]
+    with pytest.raises(Exception, match=words):
+        quantizers.CHECKS[check](quantizers.QuantizerCase(config_cls))

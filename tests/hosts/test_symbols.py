@@ -19,7 +19,15 @@ SYMBOLS = {
     "peft.utils.integrations": ["gather_params_ctx"],
     "peft.utils.peft_types": ["PeftType"],
     "transformers.pytorch_utils": ["Conv1D"],
-    "transformers.quantizers.auto": ["AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"],
+    "transformers.core_model_loading": ["ConversionOps"],
+    "transformers.quantizers": ["HfQuantizer"],
+    "transformers.quantizers.quantizers_utils": ["get_module_from_name", "should_convert_module"],
+    "transformers.quantizers.auto": [
+        "AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING", "register_quantization_config",
+        "register_quantizer",
+    ],
+    "transformers.utils.quantization_config": ["QuantizationConfigMixin"],
+    "peft.utils.quantization_utils": ["QuantizationBackend"],
     "trl": ["SFTTrainer", "SFTConfig", "TrlParser", "ScriptArguments", "ModelConfig", "get_peft_config"],
     "trl.trainer.utils": ["create_model_from_path"],
     "accelerate": ["PartialState"],
@@ -60,6 +68,17 @@ def test_contracts():
     assert parameters(BaseTunerLayer.merge) == ["self", "safe_merge", "adapter_names"]
     assert "persistent" in parameters(BufferDict.__init__)
     assert hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+def test_quantizer_contracts():
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import HfQuantizer
+
+    assert parameters(HfQuantizer.param_needs_quantization)[:3] == ["self", "model", "param_name"]
+    assert parameters(HfQuantizer.get_new_dtype) == ["self", "converter", "param", "dtype"]
+    assert parameters(HfQuantizer._process_model_before_weight_loading)[:2] == ["self", "model"]
+    assert parameters(HfQuantizer._process_model_after_weight_loading)[:2] == ["self", "model"]
+    assert hasattr(HfQuantizer, "get_quantize_ops") and "input_dict" in parameters(ConversionOps.convert)
 
 
 def test_bitsandbytes_private_inverse():

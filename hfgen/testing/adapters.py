@@ -9,14 +9,19 @@ import copy
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -425,6 +430,91 @@ def check_options(case: AdapterCase) -> None:
             assert word in str(exc), f"the message does not name {word}: {exc}"
         else:
             raise AssertionError(f"{word} was accepted")
+
+
+@check
+def check_lora_conversion(case: AdapterCase) -> None:
+    """A layer that says it converts to LoRA gives, through peft's convert_to_lora, a LoRA with the same function."""
+    model = case.adapted(init_weights=False)
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if not all(layer.supports_lora_conversion("default") for layer in layers):
+        return
+    config, tensors = convert_to_lora(model, rank=8)
+    lora = get_peft_model(case.base(), config).eval()
+    set_peft_model_state_dict(lora, tensors)
+    far = _far(case.logits(lora), case.logits(model))
+    assert far < 1e-4, f"the converted LoRA differs by {far:.2e}"
+
+
+class _Halves(nn.Module):
+    """A linear layer that stores W / 2 in float16 and tells adapters so by `hfgen_backend()`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.weight = nn.Parameter((linear.weight.data / 2).half(), requires_grad=False)
+
+    def hfgen_backend(self) -> QuantizationBackend:
+        return _HalvesBackend()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.float() * 2).T
+
+
+class _HalvesBackend(QuantizationBackend):
+    layer_type, supports_merge, backend_name = "linear", True, "halves"
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        return base_layer.weight.float() * 2
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        peft_layer.get_base_layer().weight.data = (weight_data / 2).half()
+
+
+@check
+def check_quantised_base(case: AdapterCase) -> None:
+    """On layers with another form of weight (`hfgen_backend()`): exact start, gradient, merge to their precision."""
+    base = case.base()
+    for block in base.model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(block.self_attn, name, _Halves(getattr(block.self_attn, name)))
+    before = case.logits(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft does not know the layer's type and says so
+        plain = case.adapted(copy.deepcopy(base))
+        assert torch.equal(case.logits(plain), before), "logits change at the start"
+        model = case.adapted(base, init_weights=False)
+    model(case.tokens(), labels=case.tokens()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "no gradient through the layer"
+    on = case.logits(model)
+    model.merge_adapter()
+    assert _far(case.logits(model), on) < 0.02 * _far(on, before), "merged differs by more than float16 rounds"
+
+
+_NEW_PROCESS = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[3], weights_only=True)).logits, sys.argv[3])
+"""
+
+
+@check
+def check_zero_import(case: AdapterCase) -> None:
+    """A new process that never imports hfgen loads the saved adapter through peft, with the same logits."""
+    model = case.adapted(init_weights=False)
+    with tempfile.TemporaryDirectory() as folder:
+        case.base().save_pretrained(os.path.join(folder, "base"))
+        model.save_pretrained(os.path.join(folder, "adapter"))
+        exchange = os.path.join(folder, "logits.pt")
+        torch.save(case.tokens(), exchange)
+        command = [sys.executable, "-c", _NEW_PROCESS, f"{folder}/base", f"{folder}/adapter", exchange]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"not picked up: {done.stderr[-500:]}"
+        assert torch.equal(torch.load(exchange, weights_only=True), case.logits(model)), "other logits"
 
 
 @check

@@ -272,6 +272,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def delta_weight(self, adapter_name: str) -> Tensor:
         """dW (m, n), such that delta(x) = x dW^T."""
 
+    def delta_vector(self, adapter_name: str, x: Tensor) -> Tensor:
+        """delta(x) of one vector (n), for the fingerprint: the same on every device, so wider than `delta_forward`."""
+        return self.delta_forward(adapter_name, x)
+
     @abstractmethod
     def was_loaded(self, adapter_name: str) -> bool:
         """Whether the state differs from what `build` put there."""
@@ -426,7 +430,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             out = []
             scale = 0.0
             for i in (0, 1):
-                moved = self.delta_forward(adapter_name, self._probe_input(i)).double()
+                moved = self.delta_vector(adapter_name, self._probe_input(i)).double()
                 out.append(float(moved @ probe(self.out_features, i + 2, moved)))
                 scale = max(scale, float(moved.norm()))
             return [*out, scale]

@@ -149,6 +149,11 @@ class DiagonalLayer(DeltaLayer):
         x = self._cast_input_dtype(x, right.dtype)
         return F.linear(F.linear(x, right) * self.coefficient(adapter_name), left)
 
+    def delta_vector(self, adapter_name: str, x: Tensor) -> Tensor:
+        right = getattr(self, self.right_name)[adapter_name].double()
+        left = getattr(self, self.left_name)[adapter_name].double()
+        return left @ (self.coefficient(adapter_name).double() * (right @ x.double()))
+
     def delta_weight(self, adapter_name: str) -> Tensor:
         left, right = getattr(self, self.left_name)[adapter_name], getattr(self, self.right_name)[adapter_name]
         c = self.coefficient(adapter_name)

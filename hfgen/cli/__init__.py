@@ -9,7 +9,7 @@ import typer
 
 from hfgen.catalog import CatalogError
 
-_COMMANDS = ("ls", "show", "env", "quickstart")
+_COMMANDS = ("ls", "show", "env", "quickstart", "quantize", "export")
 
 app = typer.Typer(
     name="hfgen",

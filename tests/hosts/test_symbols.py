@@ -19,7 +19,12 @@ SYMBOLS = {
     "peft.utils.integrations": ["gather_params_ctx"],
     "peft.utils.peft_types": ["PeftType"],
     "transformers.pytorch_utils": ["Conv1D"],
-    "transformers.core_model_loading": ["ConversionOps"],
+    "transformers.core_model_loading": [
+        "ConversionOps", "WeightConverter", "WeightRenaming", "convert_and_load_state_dict_in_model",
+        "rename_source_key", "revert_weight_conversion",
+    ],
+    "huggingface_hub.serialization._base": ["parse_size_to_int"],
+    "peft.utils.other": ["ModulesToSaveWrapper"],
     "transformers.quantizers": ["HfQuantizer"],
     "transformers.quantizers.quantizers_utils": ["get_module_from_name", "should_convert_module"],
     "transformers.quantizers.auto": [
@@ -68,6 +73,14 @@ def test_contracts():
     assert parameters(BaseTunerLayer.merge) == ["self", "safe_merge", "adapter_names"]
     assert "persistent" in parameters(BufferDict.__init__)
     assert hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+def test_streaming_contracts():
+    from transformers import PreTrainedModel
+
+    wanted = ["model", "state_dict", "checkpoint_files", "load_config"]
+    assert parameters(PreTrainedModel._load_pretrained_model)[:4] == wanted
+    assert hasattr(PreTrainedModel, "_keys_to_ignore_on_save")
 
 
 def test_quantizer_contracts():

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hfgen import sandbox
 from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.quantizers import EasyQuantConfig
 
 BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig])
 COMMON = {
@@ -86,6 +87,35 @@ def test_resume_is_bit_equal(config_cls, options, tmp_path):
     second.train(resume_from_checkpoint=True)
     ends = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, second)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(p, ends[1][n]) for n, p in ends[0].items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "svfit", "loldu"])
+def test_resume_on_a_quantised_base_is_bit_equal(kind, tmp_path):
+    """EasyQuant 4 bit below: the run stopped after 2 of 4 steps ends as the one that went through, and its codes stay."""
+    ids = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    config_cls = {"lora": LoraConfig, "svfit": SVFitConfig, "loldu": LoLDUConfig}[kind]
+
+    def build(folder):
+        torch.manual_seed(0)
+        base = sandbox.load_model(quantization_config=EasyQuantConfig(bits=4))
+        config = config_cls(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        args = TrainingArguments(str(folder), save_steps=1, weight_decay=0.1, **COMMON)
+        return Trainer(get_peft_model(base, config), args, train_dataset=rows)
+
+    whole = build(tmp_path / "whole")
+    codes = {n: p.detach().clone() for n, p in whole.model.named_parameters() if not p.requires_grad}
+    whole.train()
+    first = build(tmp_path / "cut")
+    first.add_callback(Stop())
+    first.train()
+    second = build(tmp_path / "cut")
+    second.train(resume_from_checkpoint=True)
+    assert first.state.global_step == 2 and second.state.global_step == 4
+    ends = [dict(t.model.named_parameters()) for t in (whole, second)]
+    assert any(p.requires_grad for p in ends[0].values())
+    assert all(torch.equal(p, ends[1][n]) for n, p in ends[0].items())
+    assert all(torch.equal(p, ends[0][n]) for n, p in codes.items())
 
 
 @BOTH

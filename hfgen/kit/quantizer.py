@@ -9,10 +9,12 @@ Shapes: a weight W is handled as (m, n) = (out, in), whatever the host stores; G
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import difflib
 import functools
 import logging
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +40,7 @@ FORMAT = 1  # of the `hfgen` block in config.json; readers accept every number u
 BLOCKS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of one block
 CHUNK = 2**20  # weights made dense at a time: 4 bytes each, which stay in a CPU's cache (16 times as many elsewhere)
 TABLED = ("cpu", "cuda")  # devices whose codes are read through a table; others have no 8 or 16 byte numbers to gather
+TRIM = 2**20  # weights of a layer from which on freed memory is given back after it
 HEADS = ("classifier", "score", "qa_outputs", "lm_head")  # heads of models whose base has no attribute of its own
 
 
@@ -497,7 +500,17 @@ class PackOp(ConversionOps):
         parts = {"weight": pack(found.codes, layer.config.bits), "weight_scale": found.scale}
         if found.positions is not None and found.values is not None:
             parts |= {"outlier_idx": found.positions, "outlier_val": found.values}
+        del found, weight
+        if tensor.numel() >= TRIM:
+            _return_freed_memory()
         return {f"{name}.{leaf}": part for leaf, part in parts.items()}
+
+
+def _return_freed_memory() -> None:
+    """Give freed pages back to the system: glibc keeps what a layer took, and a large model loads in twice its size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
 
 
 class PackedQuantizer(HfQuantizer):

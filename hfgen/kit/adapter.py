@@ -40,7 +40,7 @@ from hfgen import catalog
 from hfgen.kit import checks
 
 FORMAT = 1  # of the `hfgen` block in adapter_config.json; readers accept every number up to this one
-BASE_TOLERANCE = 5e-3  # of the base probes, in units of ||W||_F / sqrt(mn) * |probe|: above a bf16 cast, below 4 bit
+BASE_TOLERANCE = 5e-3  # of the base probes, relative to ||W||_F: above what a bf16 cast moves them, below 4 bit
 DELTA_TOLERANCE = 1e-3  # of the delta probes, relative to ||dW p||
 
 
@@ -421,7 +421,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def fingerprint(self, adapter_name: str) -> dict[str, list[float]]:
         """Numbers that change with the base weight and with dW, kept in adapter_config.json.
 
-        `base`: two projections of W and ||W||_F / sqrt(mn); `delta`: two projections of dW, and its scale.
+        `base`: two projections of W, and ||W||_F; `delta`: two projections of dW, and the larger ||dW p||.
         """
         return {"base": self.base_probes[adapter_name], "delta": self._delta_probe(adapter_name)}
 

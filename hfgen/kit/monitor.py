@@ -1,0 +1,431 @@
+"""What a callback is written with: schedule, state across checkpoints, hooks that do not outlive a run, metrics, witness.
+
+A subclass of `MonitorCallback` says ``name``, ``cost`` and ``witness`` and writes `begin` and `look`; everything a
+Trainer asks of a callback is done here. Gradients and per-sample numbers have helpers of their own: `gradient_norm`
+and `SampleTracker`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from . import checks
+
+FORMAT = 1  # of the state file in a checkpoint
+
+
+@dataclass(frozen=True)
+class Event:
+    """What the host passes to a callback at one event; the model is the one that is saved (under FSDP2 the sharded)."""
+
+    args: Any
+    state: Any
+    control: Any
+    model: Any
+    processing_class: Any
+    optimizer: Any
+    train_dataloader: Any
+    eval_dataloader: Any
+
+
+class MonitorCallback(TrainerCallback, ExportableState):
+    """Base of callbacks that look at a run every `every` optimizer steps.
+
+    A look is taken before the first step, at every multiple of `every`, and at the last step. What it measured goes
+    into the host's log as ``hfgen/<name>/<key>`` with the next row the Trainer logs (``hfgen/<name>/step`` says when it
+    was measured), and stays in `history`. Trackers of ``report_to`` have run by then; with `trainer` the metrics are
+    logged at once through `Trainer.log`, which reaches them.
+
+    State: `history`, `fired` and what `state_dict` adds are written to ``checkpoint-N/hfgen_<name>.json`` (tensors to
+    ``hfgen_<name>.safetensors``) and, tensors apart, into ``trainer_state.json``; a resumed run takes them back by
+    itself, with or without ``restore_callback_states_from_checkpoint``.
+
+    Class attributes of a subclass:
+        name: The card's name.
+        cost: What a look costs, in one sentence.
+        witness: What `fire` counts, in words that finish "the run ended and ... never happened".
+        observes: True when the callback leaves the trained weights as they would be without it (the kit checks it).
+
+    Args:
+        every: Optimizer steps between looks.
+        trainer: The Trainer the callback belongs to, for `Trainer.log` and its eval_dataset; `attach` sets it later.
+
+    Raises:
+        TypeError, ValueError: `every` is not an integer of at least 1.
+    """
+
+    name: ClassVar[str]
+    cost: ClassVar[str]
+    witness: ClassVar[str]
+    observes: ClassVar[bool] = True
+
+    def __init__(self, every: int, trainer: Any = None) -> None:
+        checks.integer(type(self).__name__, "every", every, low=1)
+        self.every = every
+        self.trainer: Any = None
+        self.fired = 0
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._hooks: list[Any] = []
+        self._pending: dict[str, Any] = {}
+        self._run = ""
+        self._saved: dict[str, Any] | None = None
+        if trainer is not None:
+            self.attach(trainer)
+
+    # --- what a subclass writes -------------------------------------------------------------------------------------
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON-serialisable values: the host builds a new object of them."""
+        return {"every": self.every}
+
+    def begin(self, event: Event) -> None:
+        """Called before the first step of every `train()`, resumed or not, after the state was taken back."""
+
+    def look(self, event: Event) -> dict[str, float]:
+        """One look at the run: the metrics, without prefix. Runs in `undisturbed`, on every rank."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume beyond `history` and `fired`: JSON-serialisable values and tensors by name."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+    # --- what a subclass uses ---------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Any) -> None:
+        """Lets the callback log through `trainer` and use its eval_dataset.
+
+        Raises:
+            TypeError: not a transformers Trainer.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(f"{type(self).__name__}.trainer is {trainer!r}; give the transformers Trainer of the run")
+        self.trainer = trainer
+
+    def fire(self) -> None:
+        """The witness: what the method is there for happened once more."""
+        self.fired += 1
+
+    def look_now(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the run outside the schedule, once per step."""
+        with self._failing_safely():
+            self._look(_event(args, state, control, kwargs))
+
+    def hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Puts a forward hook ``function(module, args, output)`` on `module` for this run.
+
+        It is taken off when training ends. The host tells a callback nothing of an exception elsewhere in the loop:
+        then the hook does nothing any more, and takes itself and its fellows off at the first forward outside the loop.
+        """
+        loop = _training_frame()
+
+        def guarded(*call: Any) -> Any:
+            if not _runs_inside(loop):
+                self.unhook()
+                return None
+            try:
+                return function(*call)
+            except BaseException:
+                self.unhook()
+                raise
+
+        self._hooks.append(module.register_forward_hook(guarded))
+
+    def unhook(self) -> None:
+        """Takes all hooks off."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    # --- the host's events ------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.unhook()  # of a run that failed, or of a first try of auto_find_batch_size
+        key = type(self).__name__
+        stored = state.stateful_callbacks.get(key)
+        if isinstance(stored, list):
+            raise ValueError(
+                f"callbacks holds {key} {len(stored)} times; their states would overwrite each other: keep one"
+            )
+        self._pending = {}
+        if state.global_step:
+            self._resume(args, state, stored)
+        else:
+            self._run, self.fired, self.history, self.seconds = uuid.uuid4().hex, 0, [], 0.0
+        # The host writes stateful_callbacks[key] when it saves, and fails if a resumed run brought a new callback.
+        state.stateful_callbacks.setdefault(key, self.state())
+        with self._failing_safely():
+            event = _event(args, state, control, kwargs)
+            self.begin(event)
+            if not state.global_step:
+                self._look(event)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if last or state.global_step % self.every == 0:
+            self.look_now(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._pending and logs is not None and self.trainer is None:
+            logs.update(self._pending)
+            state.log_history[-1].update(self._pending)
+            self._pending = {}
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():  # in a hyperparameter search it is elsewhere; the host's copy serves
+            with self._failing_safely():
+                self._write(folder, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.unhook()
+        log = logging.getLogger(f"hfgen.{self.name}")
+        if not self.fired and state.is_world_process_zero:
+            log.warning(f"{self.name}: the run ended at step {state.global_step} and {self.witness} never happened")
+        log.info(f"{self.name}: {len(self.history)} looks took {self.seconds:.1f} s")
+
+    def state(self) -> dict[str, Any]:
+        """The host's ExportableState: what it stores in trainer_state.json."""
+        values = {key: value for key, value in self.state_dict().items() if not isinstance(value, Tensor)}
+        return {"args": self.arguments(), "attributes": {"_saved": self._own() | {"state": values}}}
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _own(self) -> dict[str, Any]:
+        own = {"format": FORMAT, "name": self.name, "run": self._run, "fired": self.fired}
+        return own | {"history": list(self.history), "pending": dict(self._pending)}
+
+    def _look(self, event: Event) -> None:
+        step = event.state.global_step
+        if self.history and self.history[-1]["step"] == step:
+            return
+        start = time.perf_counter()
+        with undisturbed(event.model):
+            found = {"step": step, **self.look(event)}
+        self.seconds += time.perf_counter() - start
+        self.history.append(found)
+        self._pending = {f"hfgen/{self.name}/{key}": value for key, value in found.items()}
+        if self.trainer is not None:
+            self.trainer.log(dict(self._pending))
+            self._pending = {}
+
+    def _write(self, folder: Path, step: int) -> None:
+        state = self.state_dict()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+        values = {key: value for key, value in state.items() if key not in tensors}
+        if tensors:
+            path = folder / f"hfgen_{self.name}.safetensors"
+            save_file(tensors, f"{path}.part", metadata={"run": self._run, "step": str(step)})
+            os.replace(f"{path}.part", path)
+        record = self._own() | {"step": step, "state": values, "tensors": sorted(tensors)}
+        path = folder / f"hfgen_{self.name}.json"
+        Path(f"{path}.part").write_text(json.dumps(record), encoding="utf-8")
+        os.replace(f"{path}.part", path)
+
+    def _resume(self, args: Any, state: Any, stored: dict[str, Any] | None) -> None:
+        """The state of the checkpoint at `state.global_step`.
+
+        The host does not say which folder it resumes from. Its own copy in trainer_state.json is always the right one;
+        the file is asked when there is none, and for tensors, and must then be of the same run and step.
+        """
+        folders = [args.resume_from_checkpoint, Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        folder = next((Path(f) for f in folders if f and (Path(f) / f"hfgen_{self.name}.json").is_file()), None)
+        record = self._saved or (stored or {}).get("attributes", {}).get("_saved")
+        self._saved = None
+        of_file = _read_record(folder / f"hfgen_{self.name}.json", self.name) if folder else None
+        if record is None and of_file is not None and of_file["step"] == state.global_step:
+            record = of_file
+        if record is None:
+            self._run = uuid.uuid4().hex
+            logging.getLogger(f"hfgen.{self.name}").warning(
+                f"{self.name}: the checkpoint at step {state.global_step} has no state of this callback; it starts anew"
+            )
+            return
+        if record.get("format", 0) > FORMAT:
+            raise ValueError(f"the state of {self.name} has format {record['format']}; this hfgen reads up to {FORMAT}")
+        self._run, self.fired, self.history = record["run"], record["fired"], list(record["history"])
+        self._pending = dict(record["pending"])
+        values = dict(record["state"])
+        if folder and of_file and of_file["tensors"]:
+            values |= _read_tensors(folder / f"hfgen_{self.name}.safetensors", self._run, state.global_step)
+        self.load_state_dict(values)
+
+    @contextmanager
+    def _failing_safely(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.unhook()
+            raise
+
+
+def _event(args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> Event:
+    keys = ("model", "processing_class", "optimizer", "train_dataloader", "eval_dataloader")
+    return Event(args, state, control, **{key: kwargs.get(key) for key in keys})
+
+
+def _read_record(path: Path, name: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"format", "name", "run", "step", "fired", "history", "pending", "state", "tensors"} - set(record)
+    except (ValueError, TypeError) as exc:
+        raise ValueError(f"{path} is damaged ({exc}); delete it to start {name} anew") from None
+    if missing or record["name"] != name:
+        raise ValueError(f"{path} is not the state of {name}; delete it to start {name} anew")
+    return dict(record)
+
+
+def _read_tensors(path: Path, run: str, step: int) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), "pt") as file:
+            found = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as exc:
+        raise ValueError(f"{path} cannot be read ({exc}); resume from another checkpoint") from None
+    if found.get("run") != run or found.get("step") != str(step):
+        raise ValueError(
+            f"{path} belongs to another run; resume with args.resume_from_checkpoint set to the checkpoint's folder"
+        )
+    return tensors
+
+
+def _training_frame() -> Any:
+    """The frame of the Trainer's loop this call comes from, or None outside one."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not Trainer._inner_training_loop.__code__:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else id(frame)
+
+
+def _runs_inside(loop: int | None) -> bool:
+    """Whether this thread is still inside the loop's call: 1 to 5 microseconds."""
+    frame: Any = sys._getframe(1)
+    code = Trainer._inner_training_loop.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return loop is None or id(frame) == loop
+        frame = frame.f_back
+    return loop is None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def gradient_norm(event: Event) -> Tensor:
+    """The 2-norm of the whole gradient, a scalar, equal on all ranks; to be asked in ``on_pre_optimizer_step``.
+
+    Clipping has run by then: with ``max_grad_norm > 0`` it is the norm after clipping. Sharded gradients (FSDP2) are
+    reduced over ranks; gradients times a loss scale (fp16) are divided by it.
+
+    Raises:
+        ValueError: there is no gradient to be seen (DeepSpeed, or another event), or FSDP1 has flattened it.
+    """
+    grads = [p.grad for p in event.model.parameters() if p.grad is not None]
+    if getattr(event.args, "deepspeed", None):
+        raise ValueError(
+            "args.deepspeed is set: ZeRO keeps gradients to itself; read its own norm, engine.get_global_grad_norm()"
+        )
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in event.model.modules()):
+        raise ValueError(
+            "the model is wrapped by FSDP 1, whose flat gradient a callback cannot read; use fsdp_version: 2"
+        )
+    if not grads:
+        raise ValueError(
+            "no parameter has a gradient; call gradient_norm in on_pre_optimizer_step, before they are zeroed"
+        )
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
+    scaler: Any = getattr(event.optimizer, "scaler", None)
+    # accelerate unscales when it clips; without clipping the scale is still in
+    scaled = scaler is not None and not event.args.max_grad_norm
+    return norm / scaler.get_scale() if scaled else norm
+
+
+class SampleTracker:
+    """Carries each row's index of the training set to where a method needs it, in Trainer and in SFTTrainer.
+
+    It adds the column ``sample_index``, lets the collator hand it on, and takes it out of the model's keyword arguments
+    before the forward (also under DDP). Use it after the trainer is made: ``tracker = SampleTracker(trainer)``; inside
+    the step `current` holds the indices of the micro-batch, int64 of shape (rows,), on the batch's device.
+
+    A distributed sampler pads the last batch with rows it has already given: the same index may come twice.
+
+    Raises:
+        ValueError: the training set is a stream, or its rows are packed together.
+    """
+
+    column: ClassVar[str] = "sample_index"
+
+    def __init__(self, trainer: Any) -> None:
+        dataset = trainer.train_dataset
+        if not (hasattr(dataset, "add_column") and hasattr(dataset, "__len__")):
+            raise ValueError(
+                f"train_dataset is a {type(dataset).__name__}; a per-sample index needs a datasets.Dataset with a length"
+            )
+        if getattr(trainer.args, "packing", False):
+            raise ValueError("args.packing is True: a packed row is no longer one sample; set packing=False")
+        if self.column in dataset.column_names:
+            dataset = dataset.remove_columns(self.column)
+        self.current: Tensor | None = None
+        trainer.train_dataset = dataset.add_column(self.column, range(len(dataset)))
+        trainer.data_collator = _IndexedCollator(trainer.data_collator, self.column)
+        trainer._set_signature_columns_if_needed()
+        if self.column not in trainer._signature_columns:
+            trainer._signature_columns.append(self.column)
+        self._handle = trainer.model.register_forward_pre_hook(self._take, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Takes the hook off; batches then still hold the column, so train no further with this trainer."""
+        self._handle.remove()
+
+    def _take(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.column in kwargs:
+            kwargs = dict(kwargs)
+            self.current = kwargs.pop(self.column)
+        return args, kwargs
+
+
+class _IndexedCollator:
+    """A collator that hands the index on; evaluation rows have none."""
+
+    def __init__(self, inner: Callable[[list[Any]], dict[str, Any]], column: str) -> None:
+        self.inner, self.column = inner, column
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        rows = [dict(row) for row in rows]
+        found = [row.pop(self.column) for row in rows if self.column in row]
+        batch = self.inner(rows)
+        if found:
+            batch[self.column] = torch.as_tensor(found, dtype=torch.int64)
+        return batch

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from .jobs import Job, run_jobs
 from .stats import METHOD, Verdict, interval
 
 FORMAT = 1
+CAPTION = (
+    "Up and to the right is better: more of the new task learnt, less of the old skills lost. Large marks are means over "
+    "seeds, bars their 95 % intervals, small marks the single seeds. The dashed lines are the untouched base model."
+)
 Samples = Mapping[str, Mapping[str, list[float]]]
 """arm id -> metric key -> one value per seed, seeds in one order throughout (so differences can be paired)."""
 
@@ -35,7 +40,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure every run gives. `unit` is ``share`` (an accuracy in [0, 1]), ``count`` or ``s``.
+    """One figure every run gives. `unit` is ``share`` (an accuracy in [0, 1]), ``number``, ``count`` or ``s``.
 
     A metric with `detail` stands in the files, not in the terminal's table.
     """
@@ -64,6 +69,10 @@ class Experiment:
         run: ``run(arm, seed, settings, report) -> {metric key: number}``, importable by name.
         judge: ``judge(samples, settings) -> verdicts``, one per arm that the claim is about.
         notes: Sentences a reader of the report must know.
+        steps: Optimizer steps of a run; 0 = nothing is trained.
+        tries: Runs spent on choosing the settings of each arm (settings x seeds); 0 = nothing was chosen by trying.
+        tuning_seeds: The seeds of those; they are never reported.
+        caption: What the chart shows, which way is better.
     """
 
     method: str
@@ -78,6 +87,10 @@ class Experiment:
     run: Callable[..., dict[str, float]]
     judge: Callable[[Samples, Any], list[Verdict]]
     notes: tuple[str, ...] = ()
+    steps: int = 0
+    tries: int = 0
+    tuning_seeds: tuple[int, ...] = ()
+    caption: str = CAPTION
 
 
 def run_experiment(
@@ -107,7 +120,7 @@ def run_experiment(
     settings = experiment.smoke_settings if smoke else experiment.settings
     pairs = [(arm, seed) for seed in seeds for arm in experiment.arms]
     jobs = [Job(f"{a.label}, seed {s}", {"arm": a.id, "seed": s, "settings": settings}) for a, s in pairs]
-    start = time.monotonic()
+    start, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     results = run_jobs(experiment.run, jobs, workers, log, console)
     keys = [metric.key for metric in experiment.metrics]
     samples: dict[str, dict[str, list[float]]] = {arm.id: {key: [] for key in keys} for arm in experiment.arms}
@@ -115,7 +128,8 @@ def run_experiment(
         for key in keys:
             samples[arm.id][key].append(float(result[key]))
     verdicts = [] if smoke else experiment.judge(samples, settings)
-    return _report(experiment, seeds, smoke, settings, samples, verdicts, time.monotonic() - start)
+    report = _report(experiment, seeds, smoke, settings, samples, verdicts, time.monotonic() - start)
+    return report | {"started": started, "caption": experiment.caption}
 
 
 def _report(
@@ -127,7 +141,6 @@ def _report(
     verdicts: list[Verdict],
     seconds: float,
 ) -> dict[str, Any]:
-    fixed = dataclasses.asdict(settings)
     return {
         "format": FORMAT,
         "method": experiment.method,
@@ -137,8 +150,8 @@ def _report(
         "smoke": smoke,
         "seeds": list(seeds),
         "interval": METHOD,
-        "settings": fixed,
-        "settings_sha256": hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest(),
+        "settings": dataclasses.asdict(settings),
+        "settings_sha256": settings_sha256(dataclasses.asdict(settings)),
         "metrics": [dataclasses.asdict(metric) for metric in experiment.metrics],
         "chart": {"x": experiment.chart[0], "y": list(experiment.chart[1])},
         "arms": [
@@ -157,6 +170,16 @@ def _report(
         "seconds": seconds,
         "environment": _environment(),
     }
+
+
+def settings_sha256(settings: Mapping[str, Any]) -> str:
+    """The hash by which a report names its settings, given as plain data; the same before and after JSON."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def samples_of(report: Mapping[str, Any]) -> Samples:
+    """What the runs of a report (or of a ledger) gave."""
+    return {a["id"]: {key: found["values"] for key, found in a["metrics"].items()} for a in report["arms"]}
 
 
 def _environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import queue
@@ -41,6 +42,18 @@ class JobError(RuntimeError):
     """A job raised, or its process died; the message ends with the job's own traceback."""
 
 
+def trainer_progress(report: Report) -> Any:
+    """A TrainerCallback that says how far training is, fifty times a run."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % max(1, state.max_steps // 50) == 0:
+                report(state.global_step, state.max_steps)
+
+    return Progress()
+
+
 def run_jobs(
     function: Callable[..., Any],
     jobs: Sequence[Job],
@@ -68,7 +81,7 @@ def run_jobs(
     todo, said = context.Queue(), context.Queue()
     for item in [*enumerate(jobs), *[None] * workers]:
         todo.put(item)
-    target = (function, todo, said, os.fspath(log) if log else os.devnull)
+    target = (function, todo, said, os.fspath(log) if log else os.devnull, os.getpid())
     processes = [context.Process(target=_work, args=target, daemon=True) for _ in range(min(workers, len(jobs)))]
     try:
         with _environment(WORKER_ENVIRONMENT):
@@ -100,8 +113,14 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _work(function: Callable[..., Any], todo: Any, said: Any, log: str) -> None:
-    """The worker's loop: takes jobs until it meets None. What jobs print goes to `log`."""
+def _work(function: Callable[..., Any], todo: Any, said: Any, log: str, parent: int) -> None:
+    """The worker's loop: takes jobs until it meets None. What jobs print goes to `log`. It does not outlive `parent`."""
+
+    def report(index: int, done: int, total: int) -> None:
+        if os.getppid() != parent:  # killed by a signal, it could not stop its workers
+            os._exit(1)
+        said.put(("step", index, (done, total)))
+
     with open(log, "a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -109,7 +128,7 @@ def _work(function: Callable[..., Any], todo: Any, said: Any, log: str) -> None:
         index, job = item
         said.put(("start", index, os.getpid()))
         try:
-            result = function(**job.arguments, report=lambda done, total, i=index: said.put(("step", i, (done, total))))
+            result = function(**job.arguments, report=functools.partial(report, index))
         except BaseException:
             said.put(("error", index, traceback.format_exc()))
             return

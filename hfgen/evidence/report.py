@@ -45,19 +45,21 @@ def show(unit: str, found: dict[str, Any]) -> tuple[str, str]:
         return f"{mean:,.0f}", ""
     if unit == "s" and mean == 0:
         return "-", ""  # nothing was trained
-    digits, end = (1, " s") if unit == "s" else (2, "")
+    digits, end = {"s": (1, " s"), "number": (3, "")}.get(unit, (2, ""))
     ends = "one seed"
     if math.isfinite(high):
-        ends = f"{low:.{digits}f} to {high if unit == 's' else min(high, 1.0):.{digits}f}"
+        ends = f"{low:.{digits}f} to {min(high, 1.0) if unit == 'share' else high:.{digits}f}"
     return f"{mean:.{digits}f}{end}", ends
 
 
 def sentence(check: dict[str, Any]) -> str:
-    """One check in plain words, with its interval."""
+    """One check in plain words, with its interval: two digits of its half width, 2 to 4 decimals."""
     said = {"holds": "yes", "fails": "no", "open": "not decided by these seeds"}[check["outcome"]]
     found = check["interval"]
+    half = found["high"] - found["mean"]
+    digits = min(4, max(2, 1 - math.floor(math.log10(half)))) if 0 < half < math.inf else 2
     mean, low, high, bound = (
-        f"{round(x, 2) + 0.0:+.2f}" for x in (found["mean"], found["low"], found["high"], check["bound"])
+        f"{round(x, digits) + 0.0:+.{digits}f}" for x in (found["mean"], found["low"], found["high"], check["bound"])
     )  # + 0.0: no minus sign before a zero
     ends = f"{low} to {high}" if math.isfinite(found["low"]) else "one seed"
     return f"{check['statement']}: {said} ({mean}, interval {ends}, bound {bound})"
@@ -66,7 +68,6 @@ def sentence(check: dict[str, Any]) -> str:
 def render(report: dict[str, Any]) -> str:
     """The whole page as HTML text."""
     e = html.escape
-    n = len(report["seeds"])
     banner = '<p class="banner">Smoke run: too short to decide anything; no verdict.</p>' if report["smoke"] else ""
     notes = "".join(f"<li>{e(note)}</li>" for note in report["notes"])
     packages = ", ".join(f"{k} {v}" for k, v in report["environment"]["packages"].items())
@@ -77,10 +78,7 @@ def render(report: dict[str, Any]) -> str:
 <p class="lead">{e(report["statement"])}</p>{banner}
 {_verdicts(report)}
 <h2>At a glance</h2>
-<figure>{chart(report)}<figcaption>Up and to the right is better: more of the new task
-learnt, less of the old skills lost. Large marks are means over {n}
-seed{"s" if n > 1 else ""}, bars their 95 % intervals, small marks the single seeds.
-The dashed lines are the untouched base model.</figcaption></figure>
+<figure>{chart(report)}<figcaption>{e(report["caption"])}</figcaption></figure>
 <h2>Figures</h2>
 {_table(report)}
 <p class="small">Mean over seeds {e(", ".join(map(str, report["seeds"])))}; below it the {e(report["interval"])}.</p>
@@ -162,16 +160,20 @@ def _panel(panel: Any, report: dict[str, Any], x: str, y: str) -> None:
             ax["mean"], ay["mean"], xerr=_reach(ax), yerr=_reach(ay), fmt=marker, color=colour, ms=9, capsize=3,
             elinewidth=1.6, label=arm["label"], zorder=3, clip_on=False,
         )  # fmt: skip
-    panel.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    for metric in report["metrics"]:
+        if metric["unit"] == "share" and metric["key"] == x:
+            panel.set_xlim(-0.05, 1.05)
+        if metric["unit"] == "share" and metric["key"] == y:
+            panel.set_ylim(-0.05, 1.05)
     panel.grid(color="#e5e7eb", lw=0.8)
     panel.set_axisbelow(True)
 
 
 def _reach(found: dict[str, Any]) -> list[list[float]]:
-    """Error-bar lengths down and up, cut at 0 and 1: a share is never outside."""
+    """Error-bar lengths down and up, none for one seed; the axes of shares end a little outside 0 and 1."""
     if not math.isfinite(found["low"]):
         return [[0.0], [0.0]]
-    return [[found["mean"] - max(found["low"], 0.0)], [min(found["high"], 1.0) - found["mean"]]]
+    return [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
 
 _CSS = """

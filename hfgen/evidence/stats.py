@@ -42,6 +42,11 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
+def paired(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """The differences a - b, seed by seed."""
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
 @dataclass(frozen=True)
 class Check:
     """One testable part of a claim: an interval against a bound fixed in advance.

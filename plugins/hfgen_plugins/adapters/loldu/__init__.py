@@ -37,6 +37,7 @@ CARD = MethodCard(
         Claim(
             "vision",
             "More accurate than LoRA r=16 on image classification with far fewer trained numbers.",
+            experiment="hfgen_plugins.adapters.loldu.evidence:EXPERIMENT",
             paper_value="82.79 against 76.22 (ViT-B, r=768; from a transcription of the table)",
         ),
     ),

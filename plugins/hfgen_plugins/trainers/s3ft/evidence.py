@@ -11,9 +11,7 @@ workers only.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -21,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hfgen import catalog, sandbox
-from hfgen.evidence import Arm, Experiment, Job, Metric, Verdict, at_least, at_most, interval, run_jobs, verdict
+from hfgen.evidence import Arm, Experiment, Metric, Verdict, at_least, at_most, interval, paired, tuning, verdict
+from hfgen.evidence.jobs import trainer_progress
+from hfgen.evidence.tuning import best_rate, try_grid
 from hfgen.sandbox import tasks
 
 ARMS = (
@@ -82,7 +82,7 @@ def run_arm(arm: str, seed: int, settings: Settings, report: Any) -> dict[str, f
     if arm != "base":
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(arm, seed, settings, model, tokenizer, trained, folder)
-            trainer.add_callback(_progress(report))
+            trainer.add_callback(trainer_progress(report))
             trainer.train()
             model = trainer.model
     seconds = time.monotonic() - start
@@ -141,29 +141,13 @@ def _trainer(
     return trainer
 
 
-def _progress(report: Any) -> Any:
-    """A TrainerCallback that says how far training is, fifty times a run."""
-    from transformers import TrainerCallback
-
-    class Progress(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % max(1, state.max_steps // 50) == 0:
-                report(state.global_step, state.max_steps)
-
-    return Progress()
-
-
 def judge(samples: Any, settings: Settings) -> list[Verdict]:
     """The verdict on the claim for each S3FT arm.
 
     Void unless SFT ends above the base on the trained prompts (the whole interval of the paired difference above 0).
     """
     base, sft = samples["base"], samples["sft_lora"]
-
-    def differences(a: list[float], b: list[float]) -> list[float]:
-        return [x - y for x, y in zip(a, b, strict=True)]
-
-    learnt = interval(differences(sft["trained"], base["trained"]))
+    learnt = interval(paired(sft["trained"], base["trained"]))
     void = None
     if learnt.mean <= 0 or (learnt.n > 1 and learnt.low <= 0):
         void = (
@@ -174,13 +158,13 @@ def judge(samples: Any, settings: Settings) -> list[Verdict]:
     for arm in (a.id for a in ARMS if a.id.startswith("s3ft")):
         own = samples[arm]
         in_task = (
-            at_least(f"at least as good as SFT on {words} prompts", differences(own[key], sft[key]), -settings.margin)
+            at_least(f"at least as good as SFT on {words} prompts", paired(own[key], sft[key]), -settings.margin)
             for key, words in (("trained", "the trained"), ("held_out", "the held-out"))
         )
-        drops = differences(base["old_skills"], own["old_skills"])
-        allowed = [settings.ratio * d for d in differences(base["old_skills"], sft["old_skills"])]
+        drops = paired(base["old_skills"], own["old_skills"])
+        allowed = [settings.ratio * d for d in paired(base["old_skills"], sft["old_skills"])]
         kept = at_most(
-            f"loses at most {settings.ratio:g} times what SFT loses on old skills", differences(drops, allowed), 0.0
+            f"loses at most {settings.ratio:g} times what SFT loses on old skills", paired(drops, allowed), 0.0
         )
         found.append(verdict(arm, [*in_task, kept], void))
     return found
@@ -215,6 +199,9 @@ EXPERIMENT = Experiment(
     smoke_settings=dataclasses.replace(SETTINGS, steps=60),
     run=run_arm,
     judge=judge,
+    steps=SETTINGS.steps,
+    tries=len(GRID) * len(TUNING_SEEDS),
+    tuning_seeds=TUNING_SEEDS,
     notes=(
         "The model is a Llama of 0.14 million parameters that does sums and reverses strings. The new task asks for "
         "three digits with a given sum; the base model is right on half of its prompts. The gold answers are right, "
@@ -238,13 +225,11 @@ def tune(workers: int = 2) -> dict[str, Any]:
     from hfgen_plugins.trainers.s3ft import evidence  # by its own name, also under python -m: workers look it up
 
     arms = [a for a in ARMS if a.id != "base"]
-    tries = [(a, rate, seed) for a in arms for rate in GRID for seed in TUNING_SEEDS]
-    jobs = []
-    for a, rate, seed in tries:
-        settings = dataclasses.replace(evidence.SETTINGS, learning_rates={a.id: rate})
-        jobs.append(Job(f"{a.label} {rate:g}, seed {seed}", {"arm": a.id, "seed": seed, "settings": settings}))
-    results = run_jobs(evidence.run_arm, jobs, workers)
-    rows = [{"arm": a.id, "rate": rate, "seed": seed, **r} for (a, rate, seed), r in zip(tries, results, strict=True)]
+
+    def with_rate(arm: str, rate: float) -> Settings:
+        return dataclasses.replace(evidence.SETTINGS, learning_rates={arm: rate})
+
+    rows = try_grid(evidence.run_arm, arms, GRID, TUNING_SEEDS, with_rate, workers)
     fixed = dataclasses.asdict(SETTINGS)
     del fixed["learning_rates"]
     return {
@@ -255,25 +240,8 @@ def tune(workers: int = 2) -> dict[str, Any]:
 
 def choose(runs: list[dict[str, Any]]) -> float:
     """The learning rate that `CRITERION` picks from the runs of one arm."""
-
-    def merit(rate: float) -> tuple[float, float, float]:
-        of_rate = [r for r in runs if r["rate"] == rate]
-        means = [round(sum(r[key] for r in of_rate) / len(of_rate), 9) for key in ("trained", "held_out")]
-        return means[0], means[1], -rate
-
-    return max(sorted({r["rate"] for r in runs}), key=merit)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line: ``python -m hfgen_plugins.trainers.s3ft.evidence tune [--out FILE]``."""
-    parser = argparse.ArgumentParser(description="Chooses the learning rates of the S3FT experiment on other seeds.")
-    parser.add_argument("command", choices=["tune"])
-    parser.add_argument("--out", type=Path, default=TUNING_FILE)
-    options = parser.parse_args(arguments)
-    table = tune()
-    options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    print(f"chosen: {table['chosen']}; now write these into SETTINGS and commit before any reported seed runs")
+    return best_rate(runs, ("trained", "held_out"))
 
 
 if __name__ == "__main__":
-    main()
+    tuning.main(tune, TUNING_FILE)

@@ -30,6 +30,7 @@ CARD = MethodCard(
         Claim(
             "fewer-parameters",
             "At least as accurate as LoRA with 16 times fewer trainable parameters.",
+            experiment="hfgen_plugins.adapters.svfit.evidence:EXPERIMENT",
             paper_value="16x (abstract)",
         ),
     ),

@@ -34,6 +34,8 @@ from peft.utils import (
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from hfgen import catalog
@@ -373,7 +375,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _weight(self) -> Tensor:
         with _unpacked_bnb(self.get_base_layer()):
-            return self.get_base_weight()
+            weight: Tensor = self.get_base_weight()
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"the weight of {self.module_name} is sharded over processes, so no adapter can be added to it or merged "
+                "into it; add adapters before the model is sharded, and merge a saved one in one process"
+            )
+        return weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -495,6 +503,36 @@ def _verify_after_load(layer: nn.Module, incompatible_keys: Any) -> None:
             layer.verify(name)
 
 
+class _Fingerprint(nn.Module):
+    """`DeltaLayer.fingerprint` as a forward, for `functional_call`."""
+
+    def __init__(self, layer: DeltaLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, adapter_name: str) -> dict[str, list[float]]:
+        return self.layer.fingerprint(adapter_name)
+
+
+def _saved_fingerprint(
+    layer: DeltaLayer, name: str, adapter_name: str, saved: dict[str, Tensor]
+) -> dict[str, list[float]]:
+    """The fingerprint with the tensors that are saved: of a sharded model they are whole, and on this rank only."""
+    name = name.replace("_fsdp_wrapped_module.", "")
+    own = {}
+    for attr in (*layer.adapter_layer_names, *layer.other_param_names):
+        tensor = saved.get(f"{name}.{attr}.{adapter_name}")
+        if isinstance(tensor, DTensor):
+            raise ValueError(
+                f"{attr} of {layer.module_name} is sharded over processes; save with Trainer.save_model, or pass "
+                "state_dict=accelerator.get_state_dict(model)"
+            )
+        if tensor is not None:
+            own[f"layer.{attr}.{adapter_name}"] = tensor.to(getattr(layer, attr)[adapter_name].device)
+    found: dict[str, list[float]] = functional_call(_Fingerprint(layer), own, (adapter_name,))
+    return found
+
+
 def quantization_backend(base: nn.Module, **kwargs: Any) -> Any:
     """peft's backend of a quantised layer, else the layer's own `hfgen_backend()`, else None."""
     backend = resolve_quantization_backend(base, **kwargs)
@@ -556,6 +594,20 @@ class DeltaTuner(BaseTuner):
         )
         raise ValueError(f"{type(peft_config).__name__}.target_modules {wanted} matches no module of the model; {hint}")
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DistributedDataParallel: frozen factors, equal on all ranks, which it would send at every forward.
+
+        Names from here and from the PeftModel around, which hands the question down. (An adapter put on with
+        transformers' `add_adapter` has no tuner to ask; `ddp_broadcast_buffers=False` does the same there.)
+        """
+        names = [f"model.{name}" for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())]
+        for name, layer in self.named_modules():
+            if isinstance(layer, DeltaLayer):
+                frozen = [a for a in layer.other_param_names if isinstance(getattr(layer, a), nn.Module)]
+                names += [f"{name}.{a}.{adapter}" for a in frozen for adapter, _ in getattr(layer, a).named_buffers()]
+        return [*names, *(f"base_model.{name}" for name in names)]
+
     def _matches(self, peft_config: Any, model: nn.Module) -> bool:
         return any(self._check_target_module_exists(peft_config, name) for name, _ in model.named_modules() if name)
 
@@ -604,9 +656,12 @@ class DeltaTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: Any
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        layers = [m for m in model.modules() if isinstance(m, DeltaLayer) and m._has(adapter_name)]
         if found:  # empty on the ranks that do not save
-            config._fingerprint = {m.module_name: m.fingerprint(adapter_name) for m in layers if m.base_probes}
+            config._fingerprint = {
+                layer.module_name: _saved_fingerprint(layer, name, adapter_name, found)
+                for name, layer in model.named_modules()
+                if isinstance(layer, DeltaLayer) and layer._has(adapter_name) and layer.base_probes
+            }
         return found
 
     @classmethod
@@ -628,6 +683,8 @@ class DeltaTuner(BaseTuner):
                         f"the adapter file has no {attr} for {layer.module_name}; it is incomplete or belongs to "
                         "another model"
                     )
+                if mapped[key].ndim == 0 and have[key].shape == (1,):  # as scalars were saved before FSDP2 forbade them
+                    mapped[key] = mapped[key].reshape(1)
                 if mapped[key].shape != have[key].shape:
                     raise ValueError(
                         f"{attr} of {layer.module_name} has shape {tuple(mapped[key].shape)} in the adapter file and "

@@ -121,8 +121,8 @@ class DiagonalLayer(DeltaLayer):
         self._set_factors(adapter_name, factors)
         getattr(self, f"{self.z_name}0")[adapter_name] = reference
         getattr(self, self.z_name)[adapter_name] = nn.Parameter(trained.contiguous())
-        if getattr(config, "train_scale", False):
-            getattr(self, self.scale_name)[adapter_name] = nn.Parameter(torch.tensor(scale, dtype=reference.dtype))
+        if getattr(config, "train_scale", False):  # (1), for FSDP2 shards no scalars
+            getattr(self, self.scale_name)[adapter_name] = nn.Parameter(reference.new_full((1,), scale))
 
     def _set_factors(self, adapter_name: str, factors: Factors) -> None:
         persistent = self._facts[adapter_name]["save_factors"] is True

@@ -15,6 +15,8 @@ import difflib
 import functools
 import logging
 import sys
+import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,8 +40,10 @@ logger = logging.getLogger("hfgen")
 
 FORMAT = 1  # of the `hfgen` block in config.json; readers accept every number up to this one
 BLOCKS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of one block
-CHUNK = 2**20  # weights made dense at a time: 4 bytes each, which stay in a CPU's cache (16 times as many elsewhere)
-TABLED = ("cpu", "cuda")  # devices whose codes are read through a table; others have no 8 or 16 byte numbers to gather
+CHUNK = 2**19  # weights made dense at a time: 4 bytes each, which stay in a CPU's cache (32 times as many elsewhere)
+KERNELS = {2: "2bit", 4: "4bit", 8: "byte"}  # bits -> torch's CPU kernels for rows of codes that end in scale and bias
+TAIL = {2: torch.float16, 4: torch.float16, 8: torch.float32}  # bits -> dtype of that scale and bias
+FEW = 4  # tokens up to which `Columns` is faster than making the weight dense
 TRIM = 2**20  # weights of a layer from which on freed memory is given back after it
 HEADS = ("classifier", "score", "qa_outputs", "lm_head")  # heads of models whose base has no attribute of its own
 
@@ -67,9 +71,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     per_block, size = BLOCKS[bits]
     rows, columns = codes.shape
     padded = F.pad(codes, (0, -columns % per_block), value=2 ** (bits - 1)).reshape(rows, -1, per_block)
-    word = torch.zeros(padded.shape[:2], dtype=torch.int32, device=codes.device)
+    kind = torch.uint8 if size == 1 else torch.int32
+    word = torch.zeros(padded.shape[:2], dtype=kind, device=codes.device)
     for i in range(per_block):
-        word |= padded[..., i].to(torch.int32) << (bits * i)
+        word |= padded[..., i].to(kind) << (bits * i)
     packed = torch.stack([(word >> (8 * i)) & 255 for i in range(size)], dim=-1).to(torch.uint8)
     return packed.reshape(packed_shape(rows, columns, bits))
 
@@ -88,12 +93,36 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 def levels(packed: Tensor, bits: int, columns: int) -> Tensor:
     """code - 2**(bits - 1) in float32 (rows, columns), in memory of its own.
 
-    At 2 and 4 bit whole bytes are looked up: about twice as fast on a CPU as shifts and masks.
+    A CPU has a kernel; on CUDA whole bytes are looked up (other devices have no 8 or 16 byte numbers to gather).
     """
-    if bits not in (2, 4) or packed.device.type not in TABLED:
+    if bits in KERNELS and packed.device.type == "cpu":
+        one = torch.ones(packed.shape[0], 1, dtype=torch.float16)
+        return _affine(packed, one, bits)[:, :columns].contiguous()
+    if bits not in (2, 4) or packed.device.type != "cuda":
         return unpack(packed, bits, columns).to(torch.float32).sub_(2 ** (bits - 1))
+    return _looked_up(packed, bits)[:, :columns].contiguous()
+
+
+def _affine(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """scale * (code - 2**(bits - 1)) in float32, padding included, on a CPU; scale float16 (rows, 1).
+
+    Exact: a product of 11 and at most 8 bits. inf where scale * 2**(bits - 1) does not fit `TAIL`.
+    """
+    kernel = getattr(torch.ops.quantized, f"embedding_bag_{KERNELS[bits]}_unpack")
+    found: Tensor = kernel(torch.cat([packed.flatten(1), _tail(scale, bits)], dim=1))
+    return found
+
+
+def _tail(scale: Tensor, bits: int) -> Tensor:
+    """The bytes of scale and bias (rows, 4 or 8)."""
+    parts = torch.tensor([1, -(2 ** (bits - 1))], dtype=TAIL[bits])
+    return (scale.to(TAIL[bits]) * parts).view(torch.uint8)
+
+
+def _looked_up(packed: Tensor, bits: int) -> Tensor:
+    """`levels` of whole bytes, padding included: about twice as fast as shifts and masks."""
     found = _table(bits, packed.device).index_select(0, packed.flatten().to(torch.int32))
-    return found.view(torch.float32).view(packed.shape[0], -1)[:, :columns].contiguous()
+    return found.view(torch.float32).view(packed.shape[0], -1)
 
 
 @functools.lru_cache
@@ -130,23 +159,33 @@ class Packed(NamedTuple):
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows [start, stop) of W, computed in float32 and rounded once to `dtype`."""
-        weight = levels(self.codes[start:stop], self.bits, self.columns).view(stop - start, self.scale.shape[1], -1)
-        weight = weight.mul_(self.scale[start:stop, :, None].float()).view(stop - start, self.columns)
+        codes, scale = self.codes[start:stop], self.scale[start:stop]
+        # Within float16 the kernel can multiply as it unpacks, and rounds nothing that a product afterwards would not.
+        folds = self.bits in KERNELS and codes.device.type == "cpu" and scale.shape[1] == 1
+        if folds and bool(scale.max() <= 2.0**15 / 2**self.bits):
+            weight = _affine(codes, scale, self.bits)[:, : self.columns].contiguous()
+        else:
+            weight = levels(codes, self.bits, self.columns).view(stop - start, scale.shape[1], -1)
+            weight = weight.mul_(scale[:, :, None].float()).view(stop - start, self.columns)
         if self.positions is not None and self.values is not None:
-            index, value = self.positions, self.values
-            if start > 0 or stop < self.codes.shape[0]:
-                bounds = torch.tensor(
-                    [start * self.columns, stop * self.columns], dtype=index.dtype, device=index.device
-                )
-                low, high = torch.searchsorted(index, bounds).tolist()
-                index, value = index[low:high], value[low:high]
-            weight.view(-1)[index.long() - start * self.columns] = value.float()
+            inside = self.outliers(start, stop)
+            weight.view(-1).scatter_(
+                0, self.positions[inside].long() - start * self.columns, self.values[inside].float()
+            )
         return weight.to(dtype)
+
+    def outliers(self, start: int, stop: int) -> slice:
+        """Those of the rows [start, stop)."""
+        if self.positions is None or (start == 0 and stop == self.codes.shape[0]):
+            return slice(None)
+        index = self.positions
+        bounds = torch.tensor([start * self.columns, stop * self.columns], dtype=index.dtype, device=index.device)
+        return slice(*torch.searchsorted(index, bounds).tolist())
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Row ranges of at most `CHUNK` weights (one row at least)."""
         rows = self.codes.shape[0]
-        size = CHUNK if self.codes.device.type == "cpu" else 16 * CHUNK
+        size = CHUNK if self.codes.device.type == "cpu" else 32 * CHUNK
         step = max(1, size // max(1, self.columns))
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
@@ -174,6 +213,74 @@ class PackedMatmul(torch.autograd.Function):
         for start, stop in packed.chunks():
             out += grad[..., start:stop] @ packed.rows(start, stop, grad.dtype)
         return (out.to(grad.dtype), *[None] * 6)
+
+
+@functools.cache
+def _bag_kernel(bits: int) -> Any:
+    """torch's embedding bag over quantised rows; None where it is missing or slow (it is fast in x86 builds)."""
+    engines = torch.backends.quantized.supported_engines
+    if bits not in KERNELS or "fbgemm" not in engines or not torch.backends.mkl.is_available():
+        return None
+    return getattr(torch.ops.quantized, f"embedding_bag_{KERNELS[bits]}_rowwise_offsets").default
+
+
+class Columns(NamedTuple):
+    """A packed weight by columns, for few tokens on a CPU: y = sum over k of x[k] W[:, k], without a dense W.
+
+    torch's embedding bag over quantised rows is that sum, computed in float32 from the codes. It costs the packed codes
+    once more (and 4 or 8 bytes a column), so it is made only for inference and kept only until training or saving.
+    """
+
+    table: Tensor  # uint8 (n, bytes of m codes + tail)
+    sparse: Tensor | None  # outliers, float32 CSR (m, n)
+    source: weakref.ref[Tensor]  # the layer's codes, to see that it still has them
+
+    @classmethod
+    def of(cls, packed: Packed, source: Tensor) -> Columns:
+        rows, bits = packed.codes.shape[0], packed.bits
+        zero, per_byte = 2 ** (bits - 1), 8 // bits
+        one = torch.ones(packed.columns, 1, dtype=torch.float16)
+        table = torch.empty(packed.columns, -(-rows // per_byte), dtype=torch.uint8)
+        step = max(per_byte, CHUNK // packed.columns // per_byte * per_byte)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            codes = unpack(packed.codes[start:stop], bits, packed.columns).contiguous()
+            if packed.positions is not None:
+                inside = packed.positions[packed.outliers(start, stop)].long() - start * packed.columns
+                codes.view(-1)[inside] = zero
+            table[:, start // per_byte : -(-stop // per_byte)] = pack(codes.T, bits).flatten(1)
+        return cls(torch.cat([table, _tail(one, bits)], dim=1), _csr(packed), weakref.ref(source))
+
+    def linear(self, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        """x W^T (..., m) in the dtype of x, computed in float32; x (..., n), scale (m, G)."""
+        (rows, groups), columns = scale.shape, self.table.shape[0]
+        tokens = x.reshape(-1, columns).float()
+        index, offsets = _bags(tokens.shape[0], columns, groups)
+        sums = _bag_kernel(bits)(self.table, index, offsets, False, 0, False, tokens.view(-1))[:, :rows]
+        y = sums * scale.T if groups == 1 else (sums.view(-1, groups, rows) * scale.T).sum(1)
+        if self.sparse is not None:
+            y += self.sparse.mv(tokens[0]) if len(tokens) == 1 else (self.sparse @ tokens.T).T
+        return y.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+@functools.lru_cache
+def _bags(tokens: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Indices and offsets of a bag per token and group."""
+    index = torch.arange(columns, dtype=torch.int32).repeat(tokens)
+    return index, torch.arange(0, tokens * columns, columns // groups, dtype=torch.int32)
+
+
+def _csr(packed: Packed) -> Tensor | None:
+    """The outliers as a sparse matrix (m, n) in float32."""
+    index, values, n = packed.positions, packed.values, packed.columns
+    if index is None or values is None or not len(index):
+        return None
+    starts = torch.searchsorted(index.long(), torch.arange(packed.codes.shape[0] + 1) * n)
+    with warnings.catch_warnings():  # torch says that CSR is in beta
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            starts.int(), index % n, values.float(), (packed.codes.shape[0], n), check_invariants=False
+        )
 
 
 # --- the layer ------------------------------------------------------------------------------------------------------
@@ -243,6 +350,7 @@ class PackedLinear(nn.Linear):
     weight_scale: Tensor
     outlier_idx: Tensor | None
     outlier_val: Tensor | None
+    _columns: Columns | None = None
     _is_hf_initialized = True  # transformers must not draw codes at random; a missing tensor is an error after loading
 
     def __init__(
@@ -288,8 +396,30 @@ class PackedLinear(nn.Linear):
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             input = input.to(torch.get_autocast_dtype(kind))
-        y: Tensor = PackedMatmul.apply(input, *self.packed())
+        y: Tensor = self._few(input) if self._is_few(input) else PackedMatmul.apply(input, *self.packed())
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _is_few(self, x: Tensor) -> bool:
+        """Whether this is a step of inference for `Columns`: by mode, dtype and size only, so that reloads agree."""
+        return (
+            not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+            and x.device.type == "cpu" == self.weight_scale.device.type
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and 0 < x.numel() <= FEW * self.in_features
+            and _bag_kernel(self.config.bits) is not None
+            and not torch.compiler.is_compiling()
+            and not getattr(getattr(self, "_hf_hook", None), "offload", False)  # its codes are new at every call
+        )
+
+    def _few(self, x: Tensor) -> Tensor:
+        if self._columns is None or self._columns.source() is not self.weight:
+            self._columns = Columns.of(self.packed(), self.weight)
+        return self._columns.linear(x, self.weight_scale, self.config.bits)
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        if mode:
+            self._columns = None
+        return super().train(mode)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W (m, n) in `dtype`, made in chunks of rows."""
@@ -301,6 +431,7 @@ class PackedLinear(nn.Linear):
 
     def requantize(self, weight: Tensor) -> None:
         """Hold another weight (m, n), by the config's own method."""
+        self._columns = None
         found = self.config.quantize_checked(weight, "the merged layer")
         self.weight = PackedWeight(pack(found.codes, self.config.bits))
         self.weight_scale, self.outlier_idx, self.outlier_val = found.scale, found.positions, found.values
@@ -323,11 +454,15 @@ class PackedLinear(nn.Linear):
         """How hfgen's adapters read and write the weight."""
         return PackedBackend(self.config.method)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_columns": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.weight = PackedWeight(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._columns = None
         # `model.to(dtype)` must move scales and outliers but not round them.
         kept = {name: getattr(self, name) for name in ("weight_scale", "outlier_val")}
         super()._apply(fn, recurse)
@@ -336,6 +471,14 @@ class PackedLinear(nn.Linear):
             if new is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._columns = None
+        super()._load_from_state_dict(*args)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._columns = None
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.config.bits}, group_size={self.config.group_size}"
@@ -636,7 +779,8 @@ class PackedQuantizer(HfQuantizer):
             for leaf, tensor in (*layer.named_parameters(), *layer.named_buffers()):
                 if not getattr(tensor, "_is_hf_initialized", False):
                     missing.append(f"{name}.{leaf}")
-            _check_outliers(name, layer)
+            if not missing:  # else there may be anything in the memory
+                _check_numbers(name, layer)
             layer.weight = PackedWeight(layer.weight)
         if missing:
             fix = (
@@ -674,8 +818,20 @@ def _check_files(paths: Any) -> None:
                 raise ValueError(f"{path} is not a complete safetensors file ({exc}); copy or save it again") from None
 
 
-def _check_outliers(name: str, layer: PackedLinear) -> None:
+def _check_numbers(name: str, layer: PackedLinear) -> None:
+    """Raise ValueError where the scales or outliers of a loaded layer cannot be what was saved."""
     index, value = layer.outlier_idx, layer.outlier_val
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    for leaf in ("weight_scale", "outlier_val"):
+        tensor = getattr(layer, leaf)
+        if tensor is None or tensor.is_meta:
+            continue
+        if tensor.dtype not in kinds:
+            raise ValueError(
+                f"{leaf} of {name} is {tensor.dtype} in the checkpoint, not {kinds[0]}; copy or save it again"
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{leaf} of {name} holds NaN or Inf; the checkpoint is damaged, copy or save it again")
     if index is None or value is None or index.is_meta or not index.numel():
         return
     last = layer.out_features * layer.in_features

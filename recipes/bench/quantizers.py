@@ -15,8 +15,9 @@ sandbox's, and the same with planted outliers (`plant`): one that is BUILT so th
 are in large language models, which favours methods that keep outliers apart.
 
 Cost. Seconds and passes (roundings per weight) of quantising one matrix; peak memory of loading a model of random
-weights from bfloat16 shards with `from_pretrained`; tokens a second of greedy generation of a float32 model (where the
-CPU has AVX512-BF16, bitsandbytes computes its 4 bit layers in one bfloat16 kernel). Timings are interleaved: reported is
+weights from bfloat16 shards with `from_pretrained`; tokens a second of greedy generation of a float32 model, of a bfloat16
+one, and of one layer four times as wide (where the CPU has AVX512-BF16, bitsandbytes computes its 4 bit layers in one
+bfloat16 kernel, of float32 models too; ours computes in float32). Timings are interleaved: reported is
 the median of ratios within a round.
 
 Bytes. The saved file against bits / 8 x weights (rows padded to whole blocks) + 2 a scale + 6 an outlier + all other
@@ -59,6 +60,7 @@ from hfgen.quantizers import EasyQuantConfig
 BITS = (2, 3, 4, 8)
 CHANNELS, FACTOR = 1, 16.0  # planted: of each layer's 64 input channels; a power of two, so that nothing is rounded
 BYTES_BAR, PASSES_BAR, SPEED_BAR = 1.02, 100, 1.0
+PROMPT = 128  # tokens of the prompt whose reading is timed
 FLOOR = 1e-4  # of the plot, which is logarithmic: below that, differences are noise
 LOAD_BAR, LOAD_SIZE = 2e9, 1e9  # bytes of RssAnon, for a model of that many parameters or more
 OURS: dict[str, dict[str, Any]] = {
@@ -214,8 +216,8 @@ def difference(a: Tensor, b: Tensor, tokens: int) -> dict[str, float]:
     return {"nats_per_token": float(gap.sum()) / tokens, "standard_error": float(gap.std()) * len(gap) ** 0.5 / tokens}
 
 
-def load(folder: str, config: Any = None) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
+def load(folder: str, config: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
 
 
 def stored_bytes(layer: nn.Module) -> int:
@@ -459,20 +461,24 @@ def bench_loading(args: BenchArguments) -> dict[str, Any]:
     return sizes | {"methods": rows}
 
 
-def bench_generation(args: BenchArguments) -> dict[str, Any]:
-    """Greedy tokens a second at batch 1 in float32, ratios to bitsandbytes nf4, and the operations that take the time."""
+def generators(hidden: int, layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """One random Llama: plain, with our 4 bit layers, and with bitsandbytes'."""
     config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.hidden * 3, num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden // 64), vocab_size=1024,
+        hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64), vocab_size=1024,
     )  # fmt: skip
     torch.manual_seed(0)
-    nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         configs = {"float32": None, "easyquant": EasyQuantConfig(), "rtn": ours("rtn", 4), "nf4": nf4_config}
-        models = {name: load(folder, quantization) for name, quantization in configs.items()}
+        return {name: load(folder, quantization, dtype) for name, quantization in configs.items()}
+
+
+def bench_speed(models: dict[str, Any], args: BenchArguments) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """Of every model: tokens a second of generation at batch 1, its ratios, those of reading `PROMPT` tokens; the work."""
     ids = torch.randint(1024, (1, 16), generator=torch.Generator().manual_seed(1))
-    work = {
+    work: dict[str, Callable[[], Any]] = {
         name: partial(
             model.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
             max_new_tokens=args.tokens, min_new_tokens=args.tokens,
@@ -480,15 +486,37 @@ def bench_generation(args: BenchArguments) -> dict[str, Any]:
         for name, model in models.items()
     }  # fmt: skip
     times = interleaved(work, args.rounds)
-    return {
+    prompt = torch.randint(1024, (1, PROMPT), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        reading = interleaved({name: partial(model, prompt) for name, model in models.items()}, args.rounds)
+    found: dict[str, Any] = {
         name: {
             "tokens_per_second": args.tokens / statistics.median(times[name]),
             "speed_over_nf4": ratios(times, "nf4", name),
             "speed_over_float32": ratios(times, "float32", name),
-            "time_share": time_share(work[name]),
+            "prompt_speed_over_nf4": ratios(reading, "nf4", name),
         }
-        for name in work
+        for name in models
     }
+    return found, work
+
+
+def bench_generation(args: BenchArguments) -> dict[str, Any]:
+    """`bench_speed` in float32, and what takes the time; then in bfloat16 and of a layer four times as wide, in both.
+
+    The arm called float32 is the plain model, in whichever dtype.
+    """
+    found, work = bench_speed(generators(args.hidden, args.layers, torch.float32), args)
+    for name, row in found.items():
+        row |= {"time_share": time_share(work[name]), "other_models": {}}
+    for label, hidden, layers, dtype in (
+        ("bfloat16", args.hidden, args.layers, torch.bfloat16),
+        ("wide float32", 4 * args.hidden, 1, torch.float32),
+        ("wide bfloat16", 4 * args.hidden, 1, torch.bfloat16),
+    ):
+        for name, row in bench_speed(generators(hidden, layers, dtype), args)[0].items():
+            found[name]["other_models"][label] = row
+    return found
 
 
 def time_share(work: Callable[[], Any], top: int = 6) -> dict[str, float]:
@@ -630,13 +658,15 @@ def print_report(report: dict[str, Any]) -> None:
     print_table(console, title, "method|seconds|start|peak|peak - start|the model's tensors", rows)
     rows = [
         [
-            *(name, f"{r['tokens_per_second']:.1f}"),
-            *(f"{r[k]['median']:.2f}" for k in ("speed_over_nf4", "speed_over_float32")),
-            ", ".join(f"{op.removeprefix('aten::')} {share:.0%}" for op, share in r["time_share"].items()),
+            *(name, label, f"{r['tokens_per_second']:.1f}"),
+            *(f"{r[k]['median']:.2f}" for k in ("speed_over_nf4", "speed_over_float32", "prompt_speed_over_nf4")),
+            ", ".join(f"{op.removeprefix('aten::')} {share:.0%}" for op, share in r.get("time_share", {}).items()),
         ]
-        for name, r in report["generation"].items()
+        for name, row in report["generation"].items()
+        for label, r in {"float32": row, **row["other_models"]}.items()
     ]
-    print_table(console, "Greedy generation", "method|tokens/s|speed / nf4|speed / float32|where the time goes", rows)
+    columns = f"method|model|tokens/s|speed / nf4|speed / plain|speed / nf4, prompt of {PROMPT}|where the time goes"
+    print_table(console, "Greedy generation", columns, rows)
     rows = [
         [b["what"], f"{b['value']:.4f}", f"{b['rule']} {b['bar']:.4f}", "yes" if b["met"] else "[red]no"]
         for b in report["bars"]

@@ -44,7 +44,7 @@ def test_the_core_names_no_method():
     methods = {
         n
         for group, table in PROJECT["entry-points"].items()
-        if group in ("hfgen.adapters", "hfgen.trainers", "hfgen.quantizers")
+        if group in ("hfgen.adapters", "hfgen.trainers", "hfgen.quantizers", "hfgen.callbacks")
         for n in table
     }
     for path in CORE:

@@ -33,6 +33,9 @@ SYMBOLS = {
     ],
     "transformers.utils.quantization_config": ["QuantizationConfigMixin"],
     "peft.utils.quantization_utils": ["QuantizationBackend"],
+    "transformers": ["Trainer", "TrainerCallback", "GenerationConfig", "LogitsProcessor", "LogitsProcessorList"],
+    "transformers.trainer_callback": ["ExportableState", "TrainerState"],
+    "torch.distributed.tensor": ["DTensor"],
     "trl": ["SFTTrainer", "SFTConfig", "TrlParser", "ScriptArguments", "ModelConfig", "get_peft_config"],
     "trl.trainer.utils": ["create_model_from_path"],
     "accelerate": ["PartialState"],
@@ -92,6 +95,28 @@ def test_quantizer_contracts():
     assert parameters(HfQuantizer._process_model_before_weight_loading)[:2] == ["self", "model"]
     assert parameters(HfQuantizer._process_model_after_weight_loading)[:2] == ["self", "model"]
     assert hasattr(HfQuantizer, "get_quantize_ops") and "input_dict" in parameters(ConversionOps.convert)
+
+
+def test_callback_contracts():
+    """What kit/monitor leans on: the loop's frame, the column filter, the callback state that the host keeps."""
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_callback import TrainerState
+
+    assert inspect.isfunction(Trainer._inner_training_loop)
+    assert parameters(Trainer._set_signature_columns_if_needed) == ["self"]
+    assert "_signature_columns" in Trainer._remove_unused_columns.__code__.co_names
+    assert {"stateful_callbacks", "log_history", "global_step", "max_steps"} <= set(TrainerState.__dataclass_fields__)
+    for event in ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end"):
+        assert parameters(getattr(TrainerCallback, event))[:4] == ["self", "args", "state", "control"]
+
+
+def test_torch_kernels_of_packed_rows():
+    """Without them the packed layer is slow, not wrong."""
+    import torch
+
+    for bits in ("2bit", "4bit", "byte"):
+        assert hasattr(torch.ops.quantized, f"embedding_bag_{bits}_unpack")
+        assert hasattr(torch.ops.quantized, f"embedding_bag_{bits}_rowwise_offsets")
 
 
 def test_bitsandbytes_private_inverse():

@@ -74,9 +74,26 @@ def test_levels_by_table_and_by_shifts_are_the_codes_less_their_zero(bits, m, n,
     codes = torch.randint(0, 2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     want = codes.float() - 2 ** (bits - 1)
     assert torch.equal(kit.levels(pack(codes, bits), bits, n), want)
+    if bits in (2, 4):  # what CUDA takes
+        assert torch.equal(kit._looked_up(pack(codes, bits), bits)[:, :n], want)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kit, "TABLED", ())
+        patch.setattr(kit, "KERNELS", {})
         assert torch.equal(kit.levels(pack(codes, bits), bits, n), want)
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]), m=st.integers(1, 4), groups=st.integers(1, 3), width=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_kernel_makes_the_same_weights_bit_for_bit(bits, m, groups, width, seed):
+    """For every scale that float16 holds: the kernel's own scale and bias have no wider range."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (m, groups * width), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(1, 31744, (m, groups), generator=generator, dtype=torch.int16).view(torch.float16)
+    parts = kit.Packed(pack(codes, bits), scale, None, None, bits, groups * width)
+    want = (codes.double().view(m, groups, width) - 2 ** (bits - 1)) * scale[..., None].double()
+    assert torch.equal(parts.rows(0, m, torch.float64), want.view(m, -1))
 
 
 def test_the_layout_is_the_documented_one():
@@ -106,6 +123,91 @@ def test_chunks_of_rows_change_nothing(bits, group_size, monkeypatch):
     for found in seen[1:]:
         assert torch.equal(found[0], seen[0][0])
         assert torch.allclose(found[1], seen[0][1], atol=1e-5) and torch.allclose(found[2], seen[0][2], atol=1e-4)
+
+
+FAST = pytest.mark.parametrize("bits", [2, 4, 8])
+
+
+@FAST
+@pytest.mark.parametrize("group_size", [None, 5])
+@pytest.mark.parametrize("n_sigma", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_tokens_at_inference_are_near_the_dense_product(bits, group_size, n_sigma, dtype, monkeypatch):
+    """Within 2e-6 of a row's largest possible sum of products, and what the dtype rounds: odd widths, chunks, biases."""
+    weight = heavy(11, 15)
+    layer = layer_of(weight, bias=True, bits=bits, group_size=group_size, n_sigma=n_sigma).eval()
+    monkeypatch.setattr(kit, "CHUNK", 60)
+    largest = layer.dequantize(torch.float64).abs() + 2**bits * layer.weight_scale.double().amax(1, keepdim=True)
+    for shape in ((15,), (1, 15), (2, 2, 15)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            y = layer(x)
+        assert layer._columns is not None and y.dtype == dtype
+        want = x.double() @ layer.dequantize(torch.float64).T + layer.bias.double()
+        near = 2e-6 * x.double().abs() @ largest.T + 2 * torch.finfo(dtype).eps * (want.abs() + layer.bias.abs())
+        assert y.shape == want.shape and ((y.double() - want).abs() <= near).all()
+
+
+@FAST
+def test_an_outlier_replaces_its_code_also_where_that_is_not_zero(bits):
+    """EasyQuant writes the code of 0 there; another method need not."""
+    codes = torch.randint(0, 2**bits, (6, 15), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes[2, 3] = 0
+    where, values = torch.tensor([2 * 15 + 3, 5 * 15 + 14], dtype=torch.int32), torch.tensor([3.0, -4.0]).half()
+    packed = kit.Packed(pack(codes, bits), torch.ones(6, 1).half(), where, values, bits, 15)
+    x = normal(2, 15, 1)
+    y = kit.Columns.of(packed, codes).linear(x, packed.scale, bits)
+    assert torch.allclose(y, x @ packed.rows(0, 6, torch.float32).T, atol=1e-6 * 4**bits)
+
+
+def test_only_few_tokens_at_inference_leave_the_exact_path():
+    layer = layer_of(heavy(6, 16))
+    few, many = normal(kit.FEW, 16, 1), normal(kit.FEW + 1, 16, 1)
+    exact = kit.PackedMatmul.apply(few, *layer.packed())
+    for x, mode, grad in ((few, True, False), (few, False, True), (many, False, False), (few.double(), False, False)):
+        with torch.set_grad_enabled(grad):
+            y = layer.train(mode)(x)
+        assert layer._columns is None
+        assert x is not few or torch.equal(y, exact)
+    plain = layer_of(heavy(6, 16), bits=3).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(few).dtype == torch.bfloat16 and layer._columns is None
+    with torch.no_grad():
+        assert torch.equal(plain(few), kit.PackedMatmul.apply(few, *plain.packed()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, other: layer.requantize(other.dequantize()),
+        lambda layer, other: layer.load_state_dict(other.state_dict()),
+        lambda layer, other: layer.__setstate__(copy.deepcopy(other.__getstate__())),
+        lambda layer, other: setattr(layer, "weight", other.weight),
+        lambda layer, other: layer.weight_scale.mul_(2),
+    ],
+)
+def test_inference_sees_every_change_of_the_weight(change):
+    options = {"n_sigma": None}
+    layer, other, x = layer_of(normal(6, 16), **options).eval(), layer_of(normal(6, 16, 1), **options), normal(1, 16, 2)
+    with torch.no_grad():
+        before = layer(x)
+        change(layer, other)
+        after = layer.eval()(x)
+        assert layer._columns is not None and not torch.equal(after, before)
+        assert torch.allclose(after, x @ layer.dequantize().T, atol=1e-4)
+
+
+def test_training_saving_copying_and_moving_drop_what_inference_keeps():
+    layer, x = layer_of(normal(6, 16)).eval(), normal(1, 16, 2)
+    drops = (layer.train, layer.state_dict, layer.double, lambda: layer.requantize(normal(6, 16)))
+    for drop in drops:
+        with torch.no_grad():
+            layer.eval()(x)
+        kept = layer._columns
+        assert kept.table.nbytes == layer.weight.nbytes + 4 * 16
+        assert copy.deepcopy(layer)._columns is None is pickle.loads(pickle.dumps(layer))._columns
+        drop()
+        assert layer._columns is None
 
 
 def test_a_bias_trains_and_the_codes_do_not():

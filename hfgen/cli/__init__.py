@@ -9,7 +9,7 @@ import typer
 
 from hfgen.catalog import CatalogError
 
-_COMMANDS = ("ls", "show", "env", "quickstart", "quantize", "export")
+_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export")
 
 app = typer.Typer(
     name="hfgen",
@@ -22,8 +22,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Console entry point: an error a user can mend is one line on stderr and exit code 2."""
-    for command in _COMMANDS:
-        app.command(command)(getattr(importlib.import_module(f"hfgen.cli.{command}"), command))
+    for name in _COMMANDS:  # module hfgen.cli.<name> holds <name>: a function, or a Typer with commands of its own
+        command = getattr(importlib.import_module(f"hfgen.cli.{name}"), name)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
     try:
         app()
     except (CatalogError, OSError) as exc:

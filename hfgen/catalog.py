@@ -346,15 +346,20 @@ def register_all(kind: str) -> None:
 def shelf(kind: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of the import shelf `hfgen.<kind>`.
 
-    `__getattr__` gives any public name a card of that kind exports, after loading (and registering) its method. Cards
-    whose name occurs in the attribute are asked first, so that nothing of another plugin is imported for it.
+    `__getattr__` gives any public name a card of that kind exports, after loading (and registering) its method. hfgen's
+    own cards are asked before a stranger's, which therefore cannot take a name of theirs; then cards whose name occurs
+    in the attribute, so that nothing of another plugin is imported for it.
     """
 
     def get(attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         squeezed = attribute.lower().replace("_", "")
-        keys = sorted((k for k in _scan() if k[0] == kind), key=lambda k: (k[1].replace("_", "") not in squeezed, k))
+
+        def order(key: tuple[str, str]) -> tuple[bool, bool, tuple[str, str]]:
+            return _distribution(_scan()[key][0])[0] != "hfgen", key[1].replace("_", "") not in squeezed, key
+
+        keys = sorted((k for k in _scan() if k[0] == kind), key=order)
         broken = []
         for key in keys:
             plugin = _plugin(key)

@@ -9,7 +9,7 @@ import typer
 
 from hfgen.catalog import CatalogError
 
-_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export")
+_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export", "check", "new", "recipe")
 
 app = typer.Typer(
     name="hfgen",

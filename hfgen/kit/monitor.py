@@ -364,7 +364,7 @@ def gradient_norm(event: Event) -> Tensor:
         raise ValueError(
             "no parameter has a gradient; call gradient_norm in on_pre_optimizer_step, before they are zeroed"
         )
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
     scaler: Any = getattr(event.optimizer, "scaler", None)
     # accelerate unscales when it clips; without clipping the scale is still in

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from hfgen import catalog
-from hfgen.testing import adapters, quantizers, trainers
-
-_KINDS: dict[str, dict[str, Any]] = {
-    "adapters": adapters.CHECKS,
-    "quantizers": quantizers.CHECKS,
-    "trainers": trainers.CHECKS,
-}
+from hfgen.testing import cases
+from hfgen.testing.plugin import split
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
     names = metafunc.config.getoption("--hfgen-plugin")
-    cards = [catalog.get_card(name) for name in names] or catalog.list_cards()
-    cases = [
-        pytest.param(card, check, id=f"{card.name}-{check}") for card in cards for check in _KINDS.get(card.kind, ())
-    ]
-    metafunc.parametrize(("card", "check"), cases)
+    cards = [catalog.get_card(*split(name)) for name in names] or catalog.list_cards()
+    found = [pytest.param(card, check, run, id=f"{card.name}-{check}") for card in cards for check, run in cases(card)]
+    metafunc.parametrize(("card", "check", "run"), found)
 
 
-def test_conformance(card: Any, check: str) -> None:
-    target = catalog.load(card.name, card.kind)
-    if card.kind == "adapters":
-        adapters.CHECKS[check](adapters.AdapterCase(target))
-    elif card.kind == "quantizers":
-        quantizers.CHECKS[check](quantizers.QuantizerCase(target))
-    else:
-        trainers.CHECKS[check](trainers.TrainerCase(target, card))
+def test_conformance(card: Any, check: str, run: Callable[[], None]) -> None:
+    run()

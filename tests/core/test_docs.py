@@ -104,4 +104,4 @@ def test_the_five_minute_method(tmp_path):
     kit = venv.run(
         "import pytest, sys; sys.exit(pytest.main(['--pyargs', 'hfgen.testing', '--hfgen-plugin', 'qrfit', '-q']))"
     ).stdout
-    assert re.search(r"\n2\d passed", kit), kit[-2000:]
+    assert re.search(r"\n3\d passed", kit), kit[-2000:]

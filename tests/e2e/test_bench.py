@@ -1,6 +1,7 @@
 """recipes/bench at toy size: the report's shape, and the arithmetic that does not depend on the machine. No timing."""
 
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.callbacks import HyperfitCallback
+from hfgen_plugins.callbacks.hyperfit import evidence as hyperfit
 
 BENCH = Path(__file__).parents[2] / "recipes" / "bench"
 RESULTS = BENCH / "results"
@@ -143,3 +146,27 @@ def test_startup_report(startup, tmp_path, monkeypatch, capsys):
 def test_bad_count(name, option, request):
     with pytest.raises(ValueError, match=f"{option} is 0; give 1 or more"):
         request.getfixturevalue(name).main([f"--{option}", "0"])
+
+
+def test_callbacks_bench_counts_a_look_against_the_default_interval(monkeypatch):
+    bench = load("callbacks")
+    monkeypatch.setattr(bench, "LENGTH", 40)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    small = {"length": 40, "new_tokens": 4, "window": 4}
+    found = bench.measure(shape, bench.BenchArguments(looks=2, steps_between=2), **small)
+    default = inspect.signature(HyperfitCallback).parameters
+    assert found["every"] == default["every"].default and found["rows"] == default["sequences"].default
+    assert found["share"] == pytest.approx(found["look_s"] / (found["every"] * found["step_s"]))
+    assert found["look_in_steps"] == pytest.approx(found["look_s"] / found["step_s"])
+
+
+def test_callbacks_bench_measures_the_model_of_the_claim():
+    bench, settings = load("callbacks"), hyperfit.SETTINGS
+    shape = bench.MODELS["claim"]
+    model = hyperfit._model(settings.vocabulary, settings.hidden_size, settings.layers).config
+    assert all(getattr(model, key) == value for key, value in shape.items())
+    report = json.loads((RESULTS / "callbacks.json").read_text())
+    assert report["models"] == bench.MODELS and report["batch"] == [8, 256]
+    for row in (kinds["defaults"] for kinds in report["hyperfit"].values()):
+        assert row["share"] == pytest.approx(row["look_s"] / (row["every"] * row["step_s"]))
+        assert row["every"] == inspect.signature(HyperfitCallback).parameters["every"].default

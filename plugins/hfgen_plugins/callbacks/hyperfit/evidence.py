@@ -33,7 +33,7 @@ ARMS = (
     Arm("early", "fine-tuned, best validation loss"),
     Arm("hyperfit", "hyperfitted"),
 )
-GRID = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
+GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 TUNING_SEEDS = (100,)
 CRITERION = (
     "fine-tuned: lowest validation loss; hyperfitted: reaches near-zero training loss, then lowest validation loss where "
@@ -60,7 +60,7 @@ class Settings:
         quoted: At most this share of its 8-grams stands in the training rows.
     """
 
-    learning_rates: dict[str, float] = field(default_factory=lambda: {"early": 1e-3, "hyperfit": 1e-3})
+    learning_rates: dict[str, float] = field(default_factory=lambda: {"early": 2.5e-4, "hyperfit": 2e-3})
     rows: int = 160
     held_out: int = 48
     steps: int = 2400
@@ -304,7 +304,10 @@ EXPERIMENT = Experiment(
         "whose models have billions of parameters and whose judges are people: variety is measured, quality is not.",
         "Both fine-tunings have the same 160 rows of 256 tokens, batch size and limit of steps. One stops after five "
         "evaluations without a better validation loss and goes back to the best; the other at a training loss below 0.01.",
-        "The learning rate of each was chosen on another seed, with the same grid: " + CRITERION + ".",
+        "The learning rate of each was chosen on another seed, with the same grid: "
+        + CRITERION
+        + ". Of the model stopped "
+        "early it is the lowest of the grid; the step down to it lowered the validation loss by 0.002.",
         "The early-stopped model chooses its step by the validation loss of the rows it is measured on, which favours it "
         "in that column.",
         "The bounds were set before the reported seeds ran: they are what our method sheet expected of such a toy.",

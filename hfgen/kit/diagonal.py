@@ -136,6 +136,12 @@ class DiagonalLayer(DeltaLayer):
         z = getattr(self, self.z_name)[adapter_name]
         z0 = getattr(self, f"{self.z_name}0")[adapter_name]
         facts, scales = self._facts[adapter_name], getattr(self, self.scale_name)
+        if torch.promote_types(z.dtype, z0.dtype) != z.dtype and (adapter_name in scales or not facts["shift"]):
+            raise ValueError(  # the rounding of z would be larger than what a step changes, and the start not exact
+                f"{self.z_name} of {self.module_name} arrives in {z.dtype} and its reference in {z0.dtype}, as FSDP2 with "
+                "mixed precision has it: set decay_to_init=True and no train_scale, which trains the small difference, "
+                "or mixed_precision: 'no'"
+            )
         fixed = facts["scale"]
         if adapter_name in scales:
             scale = scales[adapter_name]

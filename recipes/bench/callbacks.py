@@ -96,7 +96,8 @@ def measure(shape: dict[str, int], args: BenchArguments, **options: Any) -> dict
     quartiles = statistics.quantiles(looks, n=4) if len(looks) > 1 else [look] * 3
     return {
         "step_s": step, "look_s": look, "look_q25_s": quartiles[0], "look_q75_s": quartiles[2],
-        "look_in_steps": look / step, "every": every, "share": look / (every * step), "rows": callback.sequences, "new_tokens": callback.new_tokens,
+        "look_in_steps": look / step, "every": every, "share": look / (every * step), "rows": callback.sequences,
+        "new_tokens": callback.new_tokens,
     }  # fmt: skip
 
 

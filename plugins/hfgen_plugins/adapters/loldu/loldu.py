@@ -84,7 +84,7 @@ def initial_z(d: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
 
 class LoLDULinear(DiagonalLayer):
-    """One adapted layer; trains `loldu_z` (r), and `loldu_scale` () with train_scale."""
+    """One adapted layer; trains `loldu_z` (r), and `loldu_scale` (1) with train_scale."""
 
     z_name = "loldu_z"
 

@@ -28,7 +28,9 @@ from hfgen_plugins.callbacks.hyperfit.hyperfit import (
     _predictions,
     _training_quotes,
     example,
+    longest_quote,
     repeated_ngrams,
+    self_bleu,
     type_token_ratio,
 )
 
@@ -112,6 +114,24 @@ def test_quoted_equals_brute_force(text, training):
     assert np.isin(_ngram_hashes(np.array([text]), QUOTE)[0], _training_quotes(Loader)).tolist() == expected
 
 
+def test_self_bleu():
+    assert self_bleu(torch.tensor([[1, 2, 3, 4, 5]] * 3)) == pytest.approx(1.0)
+    assert self_bleu(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])) == 0.0 == self_bleu(torch.tensor([[1, 2, 3, 4]]))
+    # by hand, 2-grams at most: row 1 shares 3 of 4 tokens and 1 of 3 pairs (12), the other way round the same
+    found = self_bleu(torch.tensor([[1, 2, 9, 3], [3, 1, 2, 4]]), n=2)
+    assert found == pytest.approx(math.sqrt(3 / 4 * 1 / 3))
+    # counts are clipped: 1 1 1 1 against one 1
+    assert self_bleu(torch.tensor([[1, 1, 1, 1], [1, 2, 3, 4]]), n=1) == pytest.approx((1 / 4 + 1 / 4) / 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_longest_quote_equals_brute_force(rows):
+    runs = ["".join("x" if known else " " for known in row).split() for row in rows]
+    longest = max((len(run) for row in runs for run in row), default=0)
+    assert longest_quote(np.array(rows)) == (longest + QUOTE - 1 if longest else 0)
+
+
 def test_what_cannot_be_read_is_said_once(caplog):
     class Stream:
         dataset = iter([])
@@ -159,7 +179,7 @@ def test_it_looks_before_at_every_interval_and_at_the_end(tmp_path):
     rows = [row for row in trainer.state.log_history if "hfgen/hyperfit/ttr" in row]
     assert [row["hfgen/hyperfit/step"] for row in rows] == [0, 4, 6]
     assert set(callback.history[0]) == {
-        "step", "val_loss", "entropy", "top1", "ttr", "seq_rep_4", "greedy_entropy", "quoted"
+        "step", "val_loss", "entropy", "top1", "ttr", "seq_rep_4", "self_bleu", "greedy_entropy", "quoted", "longest_quote"
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ CARD = MethodCard(
         "the end-of-text token is held back, so that every continuation has its full length: the authors' code counts "
         "the padding after it as text",
         "training stops at near-zero loss; the authors train a fixed number of epochs",
-        "repetition, top-1 mass, entropy along the continuation and the share quoted from training rows are added",
+        "repetition, self-BLEU, top-1 mass, entropy along the continuation, share and length of quotations are added",
         "blocking of quotations at decoding time is not part of it",
     ),
     sources="FreddeFrallan/Hyperfitting (MIT)",

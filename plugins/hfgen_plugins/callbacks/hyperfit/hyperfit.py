@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,9 +55,10 @@ class HyperfitCallback(MonitorCallback):
     Validation loss is expected to rise: do not stop on it. Metrics, under ``hfgen/hyperfit/``, on `sequences` held-out
     rows: ``val_loss`` (nats per token), ``entropy`` (nats) and ``top1`` (probability) of the next token; and on greedy
     continuations of their first `context` tokens by `new_tokens`: ``ttr`` (different tokens / tokens in the last
-    `window`), ``seq_rep_4`` (share of 4-grams already seen in the same continuation), ``greedy_entropy`` (nats), and
-    ``quoted`` (share of 8-grams that stand in the training rows; for up to 10,000 rows). Source: Carlsson et al. 2025,
-    section 3, and the authors' validation code; seq_rep_4 from Welleck et al. 2020.
+    `window`), ``seq_rep_4`` (share of 4-grams already seen in the same continuation), ``self_bleu`` (how alike the
+    continuations are), ``greedy_entropy`` (nats), and for up to 10,000 training rows ``quoted`` (share of 8-grams that
+    stand in them) and ``longest_quote`` (tokens). Source: Carlsson et al. 2025, section 3, and the authors' validation
+    code; seq_rep_4 from Welleck et al. 2020, self-BLEU from Zhu et al. 2018.
 
     Args:
         stop_loss: Training stops when a logged training loss (the mean since the last log) is below it; None: never.
@@ -157,10 +160,12 @@ class HyperfitCallback(MonitorCallback):
             "top1": top1,
             "ttr": type_token_ratio(text[:, -self.window :]),
             "seq_rep_4": repeated_ngrams(text, 4),
+            "self_bleu": self_bleu(text),
             "greedy_entropy": float(torch.cat(sharp).mean()),
         }
         if self._quotes is not None and self.new_tokens >= QUOTE:
-            found["quoted"] = float(np.isin(_ngram_hashes(text.numpy(), QUOTE), self._quotes).mean())
+            known = np.isin(_ngram_hashes(text.numpy(), QUOTE), self._quotes)
+            found |= {"quoted": float(known.mean()), "longest_quote": longest_quote(known)}
         return found
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -182,6 +187,33 @@ def repeated_ngrams(tokens: Tensor, n: int) -> float:
         return 0.0
     grams = [[tuple(row[i : i + n]) for i in range(len(row) - n + 1)] for row in tokens.tolist()]
     return 1 - sum(len(set(row)) / len(row) for row in grams) / len(grams)
+
+
+def self_bleu(tokens: Tensor, n: int = 4) -> float:
+    """BLEU of each row of `tokens` (rows, length) against all others, 1- to n-grams, averaged; in [0, 1], 0 for one row.
+
+    All rows have one length, so there is no brevity penalty; without smoothing, a row that shares no n-gram counts 0.
+    """
+    rows, scores = tokens.tolist(), []
+    counts = [[Counter(zip(*(row[i:] for i in range(k)), strict=False)) for row in rows] for k in range(1, n + 1)]
+    for i in range(len(rows)):
+        shared = []
+        for of_k in counts:
+            most: Counter[Any] = Counter()
+            for other in of_k[:i] + of_k[i + 1 :]:
+                most |= other
+            shared.append((of_k[i] & most).total() / max(1, of_k[i].total()))
+        scores.append(math.exp(sum(map(math.log, shared)) / n) if all(shared) else 0.0)
+    return sum(scores) / len(scores)
+
+
+def longest_quote(known: np.ndarray) -> int:
+    """Tokens of the longest stretch all of whose 8-grams are known; `known` (rows, 8-grams) bool; 0 without any."""
+    longest = 0
+    for row in known:
+        ends = np.flatnonzero(np.diff(np.concatenate(([0], row.astype(np.int8), [0]))))
+        longest = max([longest, *(ends[1::2] - ends[::2]).tolist()])
+    return longest + QUOTE - 1 if longest else 0
 
 
 def _predictions(model: nn.Module, ids: Tensor) -> Tensor:

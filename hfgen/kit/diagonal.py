@@ -15,6 +15,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.integrations import is_fsdp_enabled
 
 from hfgen.kit import checks
 from hfgen.kit.adapter import DeltaConfig, DeltaLayer
@@ -104,6 +105,11 @@ class DiagonalLayer(DeltaLayer):
         return 1.0
 
     def build(self, adapter_name: str, config: Any, weight: Tensor) -> None:
+        if is_fsdp_enabled():  # the host's name for FSDP with cpu_ram_efficient_loading
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading is true, which accelerate can do for parameters only, and this adapter has "
+                f"a buffer ({self.z_name}0): set it to false in the accelerate config"
+            )
         factors = _shapes(config, weight) if weight.is_meta else self.factorise(adapter_name, config, weight)
         reference, start = factors.reference.clone(), factors.start.clone()
         if not config.init_weights:

@@ -105,7 +105,10 @@ class MonitorCallback(TrainerCallback, ExportableState):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a resume beyond `history` and `fired`: JSON-serialisable values and tensors by name."""
+        """What must survive a resume beyond `history` and `fired`: JSON-serialisable values and tensors by name.
+
+        Asked on the saving rank only: gather sharded tensors in `look`, which every rank runs.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -789,6 +789,14 @@ class PackedQuantizer(HfQuantizer):
                 else "name such layers in modules_to_not_convert: codes are not drawn at random"
             )
             raise ValueError(f"the checkpoint has no {', '.join(missing[:5])} ({len(missing)} tensors missing); {fix}")
+        # They never change, but DDP would send every buffer at every forward; names as they are inside a PeftModel too.
+        model._ddp_params_and_buffers_to_ignore = [
+            f"{outside}{name}.{inside}{leaf}"
+            for outside in ("", "base_model.model.")
+            for name in self.quantized
+            for inside in ("", "base_layer.")
+            for leaf in ("weight_scale", "outlier_idx", "outlier_val")
+        ]
         logger.info("%s: %d layers packed", self.quantization_config.quant_method, len(self.quantized))
         return model
 

@@ -20,6 +20,9 @@ CARD = MethodCard(
         "PeftMixedModel (closed to third parties)",
         "nn.MultiheadAttention targets",
         "SGD: gradients are uneven, use Adam",
+        "FSDP2 with mixed precision, unless decay_to_init=True and no train_scale (refused in words)",
+        "FSDP with cpu_ram_efficient_loading, and adding or merging on a model that is sharded already (refused in words)",
+        "DDP over unlike hardware, which may factorise differently: save once with save_factors=True and load that",
     ),
     defaults=(
         "r=8 for parity with LoRA's cost; the paper uses r=alpha=768 on base models, AdamW, "

@@ -16,7 +16,13 @@ CARD = MethodCard(
         2024,
     ),
     needs=("Linear or Conv1D targets (quantised ones through peft's backends)", "one SVD per target at start and load"),
-    conflicts=("PeftMixedModel (closed to third parties)", "nn.MultiheadAttention targets"),
+    conflicts=(
+        "PeftMixedModel (closed to third parties)",
+        "nn.MultiheadAttention targets",
+        "FSDP2 with mixed precision, unless decay_to_init=True and no train_scale (refused in words)",
+        "FSDP with cpu_ram_efficient_loading, and adding or merging on a model that is sharded already (refused in words)",
+        "DDP over unlike hardware, which may factorise differently: save once with save_factors=True and load that",
+    ),
     defaults=(
         "r=8 for parity with LoRA's cost; the paper uses full rank (r=768 on base models). "
         "Learning rate: 10 to 100 times LoRA's."

@@ -19,6 +19,7 @@ CARD = MethodCard(
     conflicts=(
         "models without large outliers at 2 and 3 bit: keeping outliers apart can cost perplexity there, try n_sigma=None",
         "stock peft merges and DoRA on the packed layers (refused in words: dequantize first, or use an hfgen adapter)",
+        "FSDP with cpu_ram_efficient_loading",
         "fused 3-D experts stay in float (listed in model.hf_quantizer.left_in_float)",
     ),
     defaults=(

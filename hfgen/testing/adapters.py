@@ -138,6 +138,14 @@ def check_trainable(case: AdapterCase) -> None:
 
 
 @check
+def check_shardable(case: AdapterCase) -> None:
+    """No trained parameter is a scalar: FSDP2's fully_shard cuts along the first dimension and refuses them."""
+    model = get_peft_model(case.base(), case.config())
+    scalars = [n for n, p in model.named_parameters() if p.requires_grad and p.ndim == 0]
+    assert not scalars, f"{scalars[0]} is a scalar, which FSDP2 cannot shard; give it the shape (1,)"
+
+
+@check
 def check_learns(case: AdapterCase) -> None:
     """Thirty AdamW steps lower the loss."""
     model = case.adapted().train()

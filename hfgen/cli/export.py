@@ -151,7 +151,7 @@ def _adapter(folder: Path, out: Path, to: str, base: Path) -> tuple[Any, Any]:
 
 
 def as_lora(model: Any) -> Any:
-    """The same function as a stock LoRA on the same base: A = Right (r, n), B = Left diag(c) (m, r), scaling 1.
+    """The same function as a stock LoRA on the same base, scaling 1, by the layers' own `lora_factors`.
 
     Raises:
         ValueError: the method's dW is no product of two such factors, or it trains biases.
@@ -161,20 +161,18 @@ def as_lora(model: Any) -> Any:
     from peft.utils.other import ModulesToSaveWrapper
 
     from hfgen.kit.adapter import DeltaLayer
-    from hfgen.kit.diagonal import DiagonalLayer
 
     config, name = model.active_peft_config, model.active_adapter
     if config.bias != "none":
         raise ValueError(f"the adapter trains biases (bias={config.bias!r}), which a LoRA has not; use --to merged")
     factors, conv = {}, True
     for layer in (m for m in model.modules() if isinstance(m, DeltaLayer)):
-        if not isinstance(layer, DiagonalLayer):
+        if not hasattr(layer, "lora_factors"):
             raise ValueError(
                 f"method {config.method!r} has no exact LoRA; peft.save_as_lora(path, model, rank=...) makes a near one"
             )
-        left, right = getattr(layer, layer.left_name)[name], getattr(layer, layer.right_name)[name]
         with torch.no_grad():
-            factors[layer.module_name] = right, left * layer.coefficient(name)
+            factors[layer.module_name] = layer.lora_factors(name)
         conv = conv and layer.is_conv1d
     saved = {
         n: m.modules_to_save[name].state_dict() for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)

@@ -278,6 +278,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """delta(x) of one vector (n), for the fingerprint: the same on every device, so wider than `delta_forward`."""
         return self.delta_forward(adapter_name, x)
 
+    def undo_casts(self) -> None:
+        """Takes back what a host has cast since the adapter was made; by default nothing has to be."""
+
     @abstractmethod
     def was_loaded(self, adapter_name: str) -> bool:
         """Whether the state differs from what `build` put there."""
@@ -604,6 +607,7 @@ class DeltaTuner(BaseTuner):
         names = [f"model.{name}" for name in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())]
         for name, layer in self.named_modules():
             if isinstance(layer, DeltaLayer):
+                layer.undo_casts()  # the last moment: DDP is about to lay out its buckets by dtype
                 frozen = [a for a in layer.other_param_names if isinstance(getattr(layer, a), nn.Module)]
                 names += [f"{name}.{a}.{adapter}" for a in frozen for adapter, _ in getattr(layer, a).named_buffers()]
         return [*names, *(f"base_model.{name}" for name in names)]

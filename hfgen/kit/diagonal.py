@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers.integrations import is_fsdp_enabled
 
@@ -137,6 +138,40 @@ class DiagonalLayer(DeltaLayer):
             container.persistent = persistent  # of the entry registered next, not of its neighbours
             container[adapter_name] = value.contiguous()
 
+    def undo_casts(self) -> None:
+        for name in self._facts:
+            self._widen(name)
+
+    def train(self, mode: bool = True) -> DiagonalLayer:
+        if mode:  # asked for before every training step
+            self.undo_casts()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.undo_casts()
+        super()._load_from_state_dict(*args)
+        for name, facts in self._facts.items():
+            z = getattr(self, self.z_name)[name]
+            facts["loaded"] = None if z.is_meta or isinstance(z, DTensor) else z.detach().cpu().clone()
+
+    def _widen(self, adapter_name: str) -> None:
+        """The diagonal in its reference's dtype again: trl casts what trains on a bitsandbytes model to bfloat16.
+
+        Where the cast rounded what the adapter started from or was loaded with, that comes back. Anything else has lost
+        what it lost.
+        """
+        z0, facts = getattr(self, f"{self.z_name}0")[adapter_name], self._facts[adapter_name]
+        z = getattr(self, self.z_name)[adapter_name]
+        if isinstance(z, DTensor) or z.is_meta or torch.promote_types(z.dtype, z0.dtype) == z.dtype:
+            return
+        for known in (facts.get("loaded"), facts["start"]):
+            if known is not None and not known.is_meta and torch.equal(known.to(z.dtype), z.detach().cpu()):
+                z.data = known.to(z.device, z0.dtype)
+                break
+        scales = getattr(self, self.scale_name)
+        if adapter_name in scales:
+            scales[adapter_name].data = scales[adapter_name].data.to(z0.dtype)
+
     def coefficient(self, adapter_name: str) -> Tensor:
         """c (r) = scale * z - scale0 * z0, exactly zero at the start."""
         z = getattr(self, self.z_name)[adapter_name]
@@ -145,8 +180,8 @@ class DiagonalLayer(DeltaLayer):
         if torch.promote_types(z.dtype, z0.dtype) != z.dtype and (adapter_name in scales or not facts["shift"]):
             raise ValueError(  # the rounding of z would be larger than what a step changes, and the start not exact
                 f"{self.z_name} of {self.module_name} arrives in {z.dtype} and its reference in {z0.dtype}, as FSDP2 with "
-                "mixed precision has it: set decay_to_init=True and no train_scale, which trains the small difference, "
-                "or mixed_precision: 'no'"
+                "mixed precision has it, or a cast after training began: set decay_to_init=True and no train_scale, which "
+                "trains the small difference, or mixed_precision: 'no'"
             )
         fixed = facts["scale"]
         if adapter_name in scales:
@@ -154,6 +189,11 @@ class DiagonalLayer(DeltaLayer):
             return scale * z + (scale - fixed) * z0 if facts["shift"] else scale * z - fixed * z0
         shift = z if facts["shift"] else z - z0
         return shift if fixed == 1.0 else fixed * shift
+
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Right (r, n) and Left diag(c) (m, r): the LoRA with the same function at scaling 1."""
+        left, right = getattr(self, self.left_name)[adapter_name], getattr(self, self.right_name)[adapter_name]
+        return right, left * self.coefficient(adapter_name)
 
     def delta_forward(self, adapter_name: str, x: Tensor) -> Tensor:
         right = getattr(self, self.right_name)[adapter_name]

@@ -123,8 +123,8 @@ def test_no_family_is_empty():
     )
 
 
-@pytest.mark.parametrize("method", ["svfit", "loldu"])
-def test_an_adapter_is_at_most_150_lines_of_code(method):
+@pytest.mark.parametrize(("method", "most"), [("svfit", 150), ("loldu", 150), ("soma", 200), ("sara", 200)])
+def test_an_adapter_is_few_lines_of_code(method, most):
     total = 0
     for path in (ROOT / "plugins" / "hfgen_plugins" / "adapters" / method).glob("*.py"):
         if path.name != "evidence.py":
@@ -143,4 +143,4 @@ def test_an_adapter_is_at_most_150_lines_of_code(method):
                 for i, line in enumerate(lines, 1)
                 if line.strip() and not line.strip().startswith("#") and i not in prose
             )
-    assert total <= 150, total
+    assert total <= most, total

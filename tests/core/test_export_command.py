@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.adapters import LoLDUConfig, SomaConfig, SVFitConfig
 from hfgen.cli import export as command
 from hfgen.quantizers import EasyQuantConfig
 from tests.hosts.test_quantizers import MODELS, build, logits
@@ -61,8 +61,8 @@ def printed(done):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("config", [SVFitConfig, LoLDUConfig])
-def test_lora_and_merged_have_the_same_function(name, config, bases, tmp_path):
+@pytest.mark.parametrize(("config", "rank"), [(SVFitConfig, 4), (LoLDUConfig, 4), (SomaConfig, 8)])
+def test_lora_and_merged_have_the_same_function(name, config, rank, bases, tmp_path):
     cls, _, inputs, *_ = MODELS[name]
     model = adapter(bases[name], tmp_path / "adapter", name, config)
     expected = logits(model, inputs)
@@ -72,7 +72,7 @@ def test_lora_and_merged_have_the_same_function(name, config, bases, tmp_path):
     stock = PeftModel.from_pretrained(cls.from_pretrained(bases[name]), str(tmp_path / "lora"))
     torch.testing.assert_close(logits(stock, inputs), expected, atol=1e-4, rtol=1e-4)
     said = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert said["peft_type"] == "LORA" and "hfgen" not in said and said["r"] == said["lora_alpha"] == 4
+    assert said["peft_type"] == "LORA" and "hfgen" not in said and said["r"] == said["lora_alpha"] == rank
     assert printed(hfgen(tmp_path / "adapter", "--to", "merged", "--out", tmp_path / "merged")) < 1e-4
     merged = cls.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, inputs), expected, atol=1e-4, rtol=1e-4)

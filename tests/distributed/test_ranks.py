@@ -18,12 +18,12 @@ from tests.distributed import worker
 from tests.distributed.compare import apart, change, facts, once, tensors
 
 QUANTISED = ("easyquant_lora", "easyquant_svfit")
-METHODS = ("svfit", "loldu", "s3ft", "hyperfit", *QUANTISED)
+METHODS = ("svfit", "loldu", "soma", "s3ft", "hyperfit", *QUANTISED)
 TRAINED = [(mode, m) for mode in ("ddp", "fsdp2") for m in METHODS] + [("fsdp2", "loldu_scale")]
 RUNS = pytest.mark.parametrize(("mode", "method"), TRAINED)
 # hyperfit trains all weights, and the fused head of trl's SFTTrainer sums the head's gradient in float32 whatever the
 # model's dtype: with it two cuts of a float64 batch agree to 1.4e-7 there. So it is taken with Trainer here.
-SUMMED = ("svfit", "loldu", "s3ft", "hyperfit_trainer")
+SUMMED = ("svfit", "loldu", "soma", "s3ft", "hyperfit_trainer")
 CUTS = {"one": ("8x1", "4x2", "2x4"), "ddp": ("4x1", "2x2"), "fsdp2": ("4x1", "2x2")}
 
 

@@ -26,7 +26,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from trl import SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.adapters import LoLDUConfig, SomaConfig, SVFitConfig
 from hfgen.callbacks import HyperfitCallback, hyperfit_args
 from hfgen.kit.monitor import Event, SampleTracker, gradient_norm
 from hfgen.quantizers import EasyQuantConfig
@@ -49,6 +49,7 @@ ADAPTERS = {
     "svfit_decay": lambda: SVFitConfig(r=8, decay_to_init=True, **TARGETS),
     "loldu": lambda: LoLDUConfig(r=8, **TARGETS),
     "loldu_scale": lambda: LoLDUConfig(r=8, train_scale=True, **TARGETS),
+    "soma": lambda: SomaConfig(r=8, **TARGETS),
     "s3ft": lambda: LoraConfig(r=8, lora_alpha=16, **TARGETS),
     "sft": lambda: None,
     "hyperfit": lambda: None,
@@ -57,7 +58,7 @@ ADAPTERS = {
     "easyquant_svfit": lambda: SVFitConfig(r=8, **TARGETS),
 }
 # Peaks of the recipes: recipes/classify.yaml (1e-2), recipes/s3ft.yaml, hyperfit's evidence at this size, LoRA's.
-RATES = {"s3ft": 1e-4, "sft": 1e-3, "hyperfit": 1e-3, "hyperfit_trainer": 1e-3, "easyquant_lora": 1e-3}
+RATES = {"s3ft": 1e-4, "sft": 1e-3, "hyperfit": 1e-3, "hyperfit_trainer": 1e-3, "easyquant_lora": 1e-3, "soma": 1e-3}
 
 
 @functools.cache

@@ -4,14 +4,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.adapters import LoLDUConfig, SomaConfig, SVFitConfig
 from hfgen.quantizers import EasyQuantConfig
 
-BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig])
+BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig, SomaConfig])
 COMMON = {
     "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True, "bf16": False,
     "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
@@ -64,8 +64,11 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step >= 2
 
 
-@BOTH
-@pytest.mark.parametrize("options", [{}, {"decay_to_init": True, "save_factors": True}])
+@pytest.mark.parametrize(
+    ("config_cls", "options"),
+    [(c, o) for c in (SVFitConfig, LoLDUConfig) for o in ({}, {"decay_to_init": True, "save_factors": True})]
+    + [(SomaConfig, {})],
+)
 def test_resume_is_bit_equal(config_cls, options, tmp_path):
     """Stopped after 2 of 4 steps and resumed in a new trainer: the same weights as the run that went through."""
     ids = torch.randint(3, 60, (16, 8), generator=torch.Generator().manual_seed(0))
@@ -154,3 +157,34 @@ def test_diffusers_unet(config_cls, tmp_path):
     again.load_state_dict(plain)
     loaded = PeftModel.from_pretrained(again, tmp_path).eval()
     assert torch.equal(out(loaded), out(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "options"), [(SVFitConfig, {}), (LoLDUConfig, {}), (LoLDUConfig, {"train_scale": True})]
+)
+def test_sft_on_a_bitsandbytes_model(config_cls, options, tmp_path):
+    """trl casts what trains on such a model to bfloat16; a rounded diagonal would not start at the base."""
+    pytest.importorskip("bitsandbytes")
+
+    def run(folder, resume=None, steps=4):
+        model = sandbox.load_model(quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+        config = config_cls(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+        args = SFTConfig(str(folder), **{**COMMON, "max_steps": steps}, save_strategy="steps", save_steps=2)
+        trainer = SFTTrainer(
+            model, args=args, train_dataset=Dataset.from_list(ROWS), peft_config=config,
+            processing_class=sandbox.load_tokenizer(),
+        )  # fmt: skip
+        assert any(p.dtype == torch.bfloat16 for p in trainer.model.parameters() if p.requires_grad)
+        if resume is None:
+            ids = torch.arange(3, 20)[None]
+            with torch.no_grad():
+                on = trainer.model.train()(input_ids=ids).logits
+                with trainer.model.disable_adapter():
+                    assert torch.equal(on, trainer.model(input_ids=ids).logits)
+        trainer.train(resume_from_checkpoint=resume)
+        return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path / "whole")
+    assert {p.dtype for p in whole.values()} == {torch.float32}
+    resumed = run(tmp_path / "whole", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(p, resumed[n]) for n, p in whole.items())

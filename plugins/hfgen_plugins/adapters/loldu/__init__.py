@@ -17,17 +17,12 @@ CARD = MethodCard(
     ),
     needs=("Linear or Conv1D targets (quantised ones through peft's backends)", "one LU per target at start and load"),
     conflicts=(
-        "PeftMixedModel (closed to third parties)",
-        "nn.MultiheadAttention targets",
-        "SGD: gradients are uneven, use Adam",
+        "PeftMixedModel (closed to third parties); SGD: gradients are uneven, use Adam",
         "FSDP2 with mixed precision, unless decay_to_init=True and no train_scale (refused in words)",
-        "FSDP with cpu_ram_efficient_loading, and adding or merging on a model that is sharded already (refused in words)",
+        "FSDP with cpu_ram_efficient_loading; adding or merging on a sharded model; nn.MultiheadAttention (refused)",
         "DDP over unlike hardware, which may factorise differently: save once with save_factors=True and load that",
     ),
-    defaults=(
-        "r=8 for parity with LoRA's cost; the paper uses r=alpha=768 on base models, AdamW, "
-        "lr 2e-4..4e-4 (GLUE), 3e-3 (ViT)"
-    ),
+    defaults=("r=8 for LoRA's cost; the paper: r=alpha=768 on base models, AdamW, lr 2e-4..4e-4 (GLUE), 3e-3 (ViT)"),
     deviations=(
         "delta form: the base weight is not overwritten by a residual, so the start is exact for every init_z",
         "preserve_function is explicit; in the authors' code it follows from which init_z aliases the residual's storage",

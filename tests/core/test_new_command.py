@@ -173,5 +173,5 @@ def test_from_new_to_a_reloaded_adapter_in_a_fresh_environment_in_under_three_mi
     out = venv.run(command.format(["check", "rowcos"])).stdout
     checked = time.monotonic() - start
     print(f"reloaded after {reloaded:.0f} s, checked after {checked:.0f} s")
-    assert "rowcos (adapters, rowcos 0.1.0): passed: 34 checks" in out
+    assert re.search(r"rowcos \(adapters, rowcos 0.1.0\): passed: 3\d checks", out)
     assert checked < 180, f"{reloaded:.0f} s to a reloaded adapter, {checked:.0f} s with hfgen check"

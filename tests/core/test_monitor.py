@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +88,20 @@ def test_a_newer_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ValueError, match="format 9; this hfgen reads up to 1"):
         trained(tmp_path, Counter(), resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_the_golden_state_of_format_1_is_taken_back(tmp_path):
+    """What hfgen 0.1 wrote (tests/fixtures/golden/monitor-1), in a checkpoint whose trainer_state.json has no copy."""
+    trained(tmp_path, Counter())
+    checkpoint = tmp_path / "checkpoint-4"
+    for file in (Path(__file__).parents[1] / "fixtures" / "golden" / "monitor-1").iterdir():
+        shutil.copy(file, checkpoint / file.name)
+    host = json.loads((checkpoint / "trainer_state.json").read_text())
+    del host["stateful_callbacks"]["Counter"]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(host))
+    callback = Counter()
+    trained(tmp_path, callback, resume=str(checkpoint), max_steps=6)
+    assert [row["step"] for row in callback.history] == [0, 2, 4, 6] and callback.fired == 4
 
 
 def test_two_of_one_class_are_refused(tmp_path):

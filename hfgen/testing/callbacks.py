@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hfgen.card import MethodCard
+
+from .runs import all_weights, assert_same_step_however_cut
 
 CHECKS: dict[str, Callable[[CallbackCase], None]] = {}
 
@@ -57,10 +59,6 @@ class CallbackCase:
         found = [c for c in trainer.callback_handler.callbacks if isinstance(c, self.callback_cls)]
         assert len(found) == 1, f"the example's callbacks hold {len(found)} of {self.callback_cls.__name__}; give one"
         return found[0]
-
-
-def _weights(trainer: Trainer) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
 
 
 def _hooks(model: nn.Module) -> int:
@@ -128,7 +126,7 @@ def check_does_not_disturb(case: CallbackCase) -> None:
             trainer = case.build(folder, callback=with_it, save_strategy="no")
             trainer.train()
             modes = [m.training for m in trainer.model.modules()]
-            ends.append((_weights(trainer), torch.random.get_rng_state(), modes, trainer.state.global_step))
+            ends.append((all_weights(trainer), torch.random.get_rng_state(), modes, trainer.state.global_step))
     (weights, noise, modes, steps), (plain, plain_noise, plain_modes, plain_steps) = ends
     assert steps == plain_steps, (
         f"the run has {steps} steps with it and {plain_steps} without: the example must not stop"
@@ -184,7 +182,7 @@ def _resumed(case: CallbackCase, **options: Any) -> None:
         second = case.build(cut, **options)
         second.train(resume_from_checkpoint=True)
         assert second.state.global_step == one.state.global_step, "the resumed run ends at another step"
-        assert torch.equal(_weights(one), _weights(second)), "the resumed run ends with other weights"
+        assert torch.equal(all_weights(one), all_weights(second)), "the resumed run ends with other weights"
         ends = []
         for trainer in (one, second):
             state = json.loads(json.dumps(case.of(trainer).state()))
@@ -244,18 +242,4 @@ def check_witness(case: CallbackCase) -> None:
 @check
 def check_accumulation(case: CallbackCase) -> None:
     """The same 8 rows cut as 8x1, 4x2 and 2x4 give the same SGD step with the callback on, to 1e-5 of its norm."""
-    steps = []
-    for size, parts in ((8, 1), (4, 2), (2, 4)):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = case.build(
-                folder, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=1, optim="sgd",
-                learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no",
-                train_sampling_strategy="sequential",
-            )  # fmt: skip
-            before = _weights(trainer)
-            trainer.train()
-            steps.append(_weights(trainer) - before)
-    assert float(steps[0].norm()) > 0, "the step is zero"
-    for step in steps[1:]:
-        far = float((step - steps[0]).norm() / steps[0].norm())
-        assert far <= 1e-5, f"cutting the batch changes the step by {far:.2e} of its norm"
+    assert_same_step_however_cut(case.build)

@@ -18,6 +18,8 @@ from transformers import Trainer
 
 from hfgen.card import MethodCard
 
+from .runs import all_weights, assert_same_step_however_cut
+
 CHECKS: dict[str, Callable[[TrainerCase], None]] = {}
 _HOSTS = ("transformers", "trl")
 
@@ -45,10 +47,6 @@ class TrainerCase:
             assert hasattr(options["args"], name), f"the example's args have no {name}"
             setattr(options["args"], name, value)
         return self.trainer_cls(**options)
-
-
-def _weights(trainer: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
 
 
 @check
@@ -80,11 +78,11 @@ def check_trains(case: TrainerCase) -> None:
     """A run moves the trainable parameters, logs a finite loss, and leaves frozen ones alone."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = case.build(folder, logging_steps=1, save_strategy="no")
-        before = _weights(trainer)
+        before = all_weights(trainer)
         frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
         trainer.train()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        after, now = _weights(trainer), dict(trainer.model.named_parameters())
+        after, now = all_weights(trainer), dict(trainer.model.named_parameters())
     assert losses and all(torch.isfinite(torch.tensor(losses))), f"losses {losses}"
     assert not torch.equal(before, after), "no parameter moved"
     assert all(torch.equal(p, now[n]) for n, p in frozen.items()), "a frozen parameter moved"
@@ -98,28 +96,14 @@ def check_deterministic(case: TrainerCase) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trainer = case.build(folder, save_strategy="no")
             trainer.train()
-            ends.append(_weights(trainer))
+            ends.append(all_weights(trainer))
     assert torch.equal(*ends), "two runs with one seed differ"
 
 
 @check
 def check_accumulation(case: TrainerCase) -> None:
     """The same 8 rows cut as 8x1, 4x2 and 2x4 give the same SGD step, to 1e-5 of its norm."""
-    steps = []
-    for size, parts in ((8, 1), (4, 2), (2, 4)):
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = case.build(
-                folder, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=1, optim="sgd",
-                learning_rate=0.1, warmup_steps=0, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no",
-                train_sampling_strategy="sequential",
-            )  # fmt: skip
-            before = _weights(trainer)
-            trainer.train()
-            steps.append(_weights(trainer) - before)
-    assert float(steps[0].norm()) > 0, "the step is zero"
-    for step in steps[1:]:
-        far = float((step - steps[0]).norm() / steps[0].norm())
-        assert far <= 1e-5, f"cutting the batch changes the step by {far:.2e} of its norm"
+    assert_same_step_however_cut(case.build)
 
 
 @check
@@ -136,7 +120,7 @@ def check_resume(case: TrainerCase) -> None:
         second = case.build(cut, **options)
         second.train(resume_from_checkpoint=True)
         assert second.state.global_step == 4, "the resumed run did not finish"
-        assert torch.equal(_weights(one), _weights(second)), "the resumed run ends elsewhere"
+        assert torch.equal(all_weights(one), all_weights(second)), "the resumed run ends elsewhere"
 
 
 def _StopAt(step: int) -> Any:

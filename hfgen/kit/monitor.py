@@ -209,8 +209,11 @@ class MonitorCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """The host's ExportableState: what it stores in trainer_state.json."""
-        values = {key: value for key, value in self.state_dict().items() if not isinstance(value, Tensor)}
-        return {"args": self.arguments(), "attributes": {"_saved": self._own() | {"state": values}}}
+        state = self.state_dict()
+        tensors = sorted(key for key, value in state.items() if isinstance(value, Tensor))
+        values = {key: value for key, value in state.items() if key not in tensors}
+        saved = self._own() | {"state": values, "tensors": tensors}
+        return {"args": self.arguments(), "attributes": {"_saved": saved}}
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +272,12 @@ class MonitorCallback(TrainerCallback, ExportableState):
         self._run, self.fired, self.history = record["run"], record["fired"], list(record["history"])
         self._pending = dict(record["pending"])
         values = dict(record["state"])
-        if folder and of_file and of_file["tensors"]:
+        if record.get("tensors") or (of_file and of_file["tensors"]):
+            if folder is None:
+                raise ValueError(
+                    f"the state of {self.name} has tensors, and no hfgen_{self.name}.json is in {folders[1]}; set "
+                    "args.resume_from_checkpoint to the checkpoint's folder"
+                )
             values |= _read_tensors(folder / f"hfgen_{self.name}.safetensors", self._run, state.global_step)
         self.load_state_dict(values)
 

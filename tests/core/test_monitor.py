@@ -59,6 +59,12 @@ def test_resumed_from_another_folder(tmp_path):
     assert [row["step"] for row in callback.history] == [0, 2, 4] and callback.fired == 3
 
 
+def test_tensors_that_cannot_be_found_are_not_lost_in_silence(tmp_path):
+    trained(tmp_path / "a", Counter())
+    with pytest.raises(ValueError, match=r"state of counter has tensors.*set args.resume_from_checkpoint"):
+        trained(tmp_path / "b", Counter(), resume=str(tmp_path / "a" / "checkpoint-2"))
+
+
 def test_the_tensors_of_another_run_are_refused(tmp_path):
     trained(tmp_path / "a", Counter())
     trained(tmp_path / "b", Counter())

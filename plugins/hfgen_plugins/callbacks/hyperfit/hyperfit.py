@@ -28,8 +28,8 @@ def hyperfit_args(variant: str = "paper") -> dict[str, Any]:
     For 2000 rows of exactly 256 tokens, full fine-tuning, loss on all tokens, no dropout.
 
     Args:
-        variant: ``paper`` (Adam, learning rate 1e-6, no weight decay, 20 epochs) or ``repo``, the authors' code
-            (AdamW, 5e-6, weight decay 0.01, 30 epochs).
+        variant: ``paper`` (Adam, learning rate 1e-6, no weight decay, 20 epochs; these from memory, not read there) or
+            ``repo``, the authors' code (AdamW, 5e-6, weight decay 0.01, 30 epochs).
 
     Raises:
         ValueError: an unknown variant.

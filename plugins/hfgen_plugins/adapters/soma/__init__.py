@@ -30,7 +30,7 @@ CARD = MethodCard(
     ),
     defaults=(
         "weight decay 0.05 -> 1e-5 and alpha = r as in the authors' settings; r=8 and start_block=0 are ours, for parity "
-        "with LoRA's cost (the paper: r=16, blocks 8 to 23 of 24, every linear layer in them, AdamW, lr 1e-4, 0.5 of it in "
+        "with LoRA's cost (the authors: r=16, blocks 8 to 23 of 24, all linears in them, AdamW, lr 1e-4, 0.5 of it in "
         "the backbone)"
     ),
     deviations=(

@@ -20,7 +20,7 @@ from hfgen import catalog
 from hfgen.card import Claim, MethodCard
 
 from .experiment import Experiment, finite, samples_of, settings_sha256
-from .report import sentence, show
+from .report import figures, sentence, show
 from .stats import Verdict
 
 LEDGER_FORMAT = 2
@@ -195,6 +195,7 @@ Verdicts are computed by checks that were fixed, with all settings, in the commi
 def render(cards: Iterable[MethodCard]) -> str:
     """EVIDENCE.md: every claim of every card, those without a ledger as untested. A function of cards and ledgers alone."""
     rows, sections = ["| method | claim | arm | verdict | checks that hold | seeds |", "|---|---|---|---|---|---|"], []
+    alike: dict[str, list[tuple[MethodCard, Ledger]]] = {}
     for card in cards:
         for claim in card.claims:
             ledger = current(card, claim)
@@ -203,6 +204,8 @@ def render(cards: Iterable[MethodCard]) -> str:
             ]
             if not isinstance(ledger, str):
                 sections.append(_section(card, claim, ledger))
+                alike.setdefault(claim.id, []).append((card, ledger))
+    sections = [_side_by_side(name, found) for name, found in alike.items() if len(found) > 1] + sections
     return "\n".join([_HEAD, *rows, "", "\n\n".join(sections)]).rstrip("\n") + "\n"
 
 
@@ -236,6 +239,21 @@ def summary(ledger: Ledger | str) -> list[tuple[str, str, str, str]]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _side_by_side(claim: str, found: list[tuple[MethodCard, Ledger]]) -> str:
+    """One table of a claim that several cards make under one id: every check with its figures, and the verdicts."""
+    lines = [
+        f"## {claim.replace('-', ' ').capitalize()}: {len(found)} methods in one table", "",
+        "| method | verdict | check | mean difference | 95 % interval | bound | holds |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for card, ledger in found:
+        for (label, word, _, _), verdict in zip(summary(ledger), ledger["verdicts"], strict=True):
+            for check in verdict["checks"]:
+                said, mean, ends, bound = figures(check)
+                cells = (card.name if label.lower() == card.name else f"{card.name}, {label}", word, check["statement"])
+                lines.append(f"| {' | '.join(map(_cell, cells))} | {mean} | {ends} | {bound} | {said} |")
+    return "\n".join(lines)
 
 
 def _section(card: MethodCard, claim: Claim, ledger: Ledger) -> str:

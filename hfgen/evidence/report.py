@@ -53,7 +53,13 @@ def show(unit: str, found: dict[str, Any]) -> tuple[str, str]:
 
 
 def sentence(check: dict[str, Any]) -> str:
-    """One check in plain words, with its interval: two digits of its half width, 2 to 4 decimals."""
+    """One check in plain words, with its interval."""
+    said, mean, ends, bound = figures(check)
+    return f"{check['statement']}: {said} ({mean}, interval {ends}, bound {bound})"
+
+
+def figures(check: dict[str, Any]) -> tuple[str, str, str, str]:
+    """(outcome, mean, interval, bound) of a check as text: two digits of its half width, 2 to 4 decimals."""
     said = {"holds": "yes", "fails": "no", "open": "not decided by these seeds"}[check["outcome"]]
     found = check["interval"]
     half = found["high"] - found["mean"]
@@ -61,8 +67,7 @@ def sentence(check: dict[str, Any]) -> str:
     mean, low, high, bound = (
         f"{round(x, digits) + 0.0:+.{digits}f}" for x in (found["mean"], found["low"], found["high"], check["bound"])
     )  # + 0.0: no minus sign before a zero
-    ends = f"{low} to {high}" if math.isfinite(found["low"]) else "one seed"
-    return f"{check['statement']}: {said} ({mean}, interval {ends}, bound {bound})"
+    return said, mean, f"{low} to {high}" if math.isfinite(found["low"]) else "one seed", bound
 
 
 def render(report: dict[str, Any]) -> str:

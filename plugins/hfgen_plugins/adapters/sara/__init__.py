@@ -2,7 +2,7 @@
 
 import lazy_loader
 
-from hfgen.card import MethodCard, Paper
+from hfgen.card import Claim, MethodCard, Paper
 
 CARD = MethodCard(
     name="sara",
@@ -43,6 +43,16 @@ CARD = MethodCard(
         "bf16 bases train float32 masters (PEFT's rule), which are rounded into the weight",
     ),
     sources="sjtuplayer/SaRA was read for the method sheet (no licence file in the stored copy); no code of it is used",
+    claims=(
+        Claim(
+            "against-cousins",
+            (
+                "It learns about as much of a new task as full fine-tuning, and as SHiRA with as many entries, and "
+                "keeps at least as much of the old."
+            ),
+            experiment="hfgen_plugins.adapters.sara.evidence:EXPERIMENT",
+        ),
+    ),
 )
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

@@ -48,6 +48,14 @@ CARD = MethodCard(
             "Generalises better to unseen domains than other parameter-efficient fine-tuning in semantic segmentation.",
             paper_value="68.27 mIoU on average, GTAV to Cityscapes, BDD100K and Mapillary (README of the code)",
         ),
+        Claim(
+            "against-cousins",
+            (
+                "At as many trained numbers it learns about as much of a new task as PiSSA and MiCA and keeps at "
+                "least as much of the old."
+            ),
+            experiment="hfgen_plugins.adapters.soma.evidence:EXPERIMENT",
+        ),
     ),
 )
 

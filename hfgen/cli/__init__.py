@@ -9,7 +9,7 @@ import typer
 
 from hfgen.catalog import CatalogError
 
-_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export", "check", "new", "recipe")
+_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export", "bon", "check", "new", "recipe", "report")
 
 app = typer.Typer(
     name="hfgen",

@@ -569,6 +569,8 @@ class DeltaTuner(BaseTuner):
     """The tuner of an additive method: subclasses set `prefix` (`"<name>_"`) and `tuner_layer_cls`."""
 
     tuner_layer_cls: type[DeltaLayer]
+    # Containers on the tuner itself (dicts keyed by adapter name) of what all layers share; needs `uses_shared_state`.
+    shared_names: ClassVar[tuple[str, ...]] = ()
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.copy()
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
@@ -676,28 +678,32 @@ class DeltaTuner(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         have = model.state_dict()
         for name, layer in model.named_modules():
-            if not isinstance(layer, DeltaLayer) or not layer._has(adapter_name):
+            if isinstance(layer, DeltaTuner):
+                attrs, owner = layer.shared_names, "the model"
+            elif isinstance(layer, DeltaLayer) and layer._has(adapter_name):
+                attrs, owner = (*layer.adapter_layer_names, *layer.other_param_names), layer.module_name
+            else:
                 continue
-            for attr in (*layer.adapter_layer_names, *layer.other_param_names):
+            for attr in attrs:
                 key = f"{name}.{attr}.{adapter_name}"
                 if key not in have:
                     continue
                 if key not in mapped:
                     raise ValueError(
-                        f"the adapter file has no {attr} for {layer.module_name}; it is incomplete or belongs to "
-                        "another model"
+                        f"the adapter file has no {attr} for {owner}; it is incomplete or belongs to another model"
                     )
                 if mapped[key].ndim == 0 and have[key].shape == (1,):  # as scalars were saved before FSDP2 forbade them
                     mapped[key] = mapped[key].reshape(1)
                 if mapped[key].shape != have[key].shape:
                     raise ValueError(
-                        f"{attr} of {layer.module_name} has shape {tuple(mapped[key].shape)} in the adapter file and "
+                        f"{attr} of {owner} has shape {tuple(mapped[key].shape)} in the adapter file and "
                         f"{tuple(have[key].shape)} in this model; the file belongs to another base or configuration"
                     )
                 if mapped[key].is_floating_point() and not torch.isfinite(mapped[key]).all():
                     raise ValueError(
-                        f"{attr} of {layer.module_name} holds NaN or Inf in the adapter file; the run that saved it "
+                        f"{attr} of {owner} holds NaN or Inf in the adapter file; the run that saved it "
                         "diverged or the file is damaged, take an earlier checkpoint"
                     )
-            layer._unverified.setdefault(adapter_name, {})
+            if isinstance(layer, DeltaLayer):
+                layer._unverified.setdefault(adapter_name, {})
         return mapped

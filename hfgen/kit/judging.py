@@ -1,7 +1,8 @@
 """Judges and paraphrasers: how a name or a callable becomes one, and how a verdict is read.
 
 A *judge* is `judge(prompt, answer, gold, **columns) -> bool | float`: `prompt` in the dataset's own form (text or list
-of messages), `answer` and `gold` text, `columns` the row's other columns. A *paraphraser* is either a callable
+of messages), `answer` and `gold` text, `columns` the row's other columns. It may have `.many(calls)` too, which gives
+the verdicts of several (prompt, answer, gold, columns) at once. A *paraphraser* is either a callable
 `paraphraser(prompt, gold, **columns) -> str` that returns the rewritten answer, or an object with
 `.prompt(prompt, gold) -> prompt` that returns what the model itself shall answer.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -116,7 +117,32 @@ def score(judge: Judge, prompt: Any, answer: str, gold: Any, columns: Mapping[st
         ValueError: the judge raised, or gave NaN.
         TypeError: it gave anything but a bool or a real number.
     """
-    verdict = call(judge, "judge", row_id, prompt, answer, gold, columns=columns)
+    return _number(judge, call(judge, "judge", row_id, prompt, answer, gold, columns=columns), row_id)
+
+
+def scores(judge: Judge, calls: Sequence[tuple[Any, str, Any, Mapping[str, Any], Any]]) -> list[float]:
+    """`score` of several (prompt, answer, gold, columns, row id), in their order.
+
+    A judge that has `.many(calls) -> verdicts`, over (prompt, answer, gold, columns), gets them together: it may run
+    several at a time.
+
+    Raises:
+        ValueError, TypeError: as `score`, or `.many` gave another number of verdicts.
+    """
+    if len(calls) < 2 or not hasattr(judge, "many"):
+        return [score(judge, *c) for c in calls]
+    try:
+        verdicts = list(judge.many([c[:4] for c in calls]))
+    except Exception:
+        for c in calls:  # one by one, so that the error names its row
+            score(judge, *c)
+        raise
+    if len(verdicts) != len(calls):
+        raise ValueError(f"judge {describe(judge)} gave {len(verdicts)} verdicts on {len(calls)} answers; give as many")
+    return [_number(judge, verdict, c[4]) for verdict, c in zip(verdicts, calls, strict=True)]
+
+
+def _number(judge: Judge, verdict: Any, row_id: Any) -> float:
     if not isinstance(verdict, bool | np.bool_ | Real):
         raise TypeError(
             f"judge {describe(judge)} returned {verdict!r} on row {row_id!r}; a judge returns a bool or a float"
@@ -126,13 +152,19 @@ def score(judge: Judge, prompt: Any, answer: str, gold: Any, columns: Mapping[st
     return float(verdict)
 
 
+def name(obj: Any) -> str:
+    """The qualified name of a function, or of an object's class."""
+    named = obj if hasattr(obj, "__qualname__") else type(obj)  # a function, a bound method, a class
+    return f"{named.__module__}.{named.__qualname__}"
+
+
 def describe(obj: Any) -> str:
     """What identifies a judge or paraphraser across processes: its qualified name, and the options it shows."""
     if obj is None or isinstance(obj, str):
         return str(obj)
-    if hasattr(obj, "__qualname__"):  # a function, a bound method, a class
+    if hasattr(obj, "__qualname__"):
         owner = getattr(obj, "__self__", None)
         of = "" if owner is None or isinstance(owner, ModuleType | type) else f" of {describe(owner)}"
-        return f"{obj.__module__}.{obj.__qualname__}{of}"
-    name = f"{type(obj).__module__}.{type(obj).__qualname__}"
-    return name if type(obj).__repr__ is object.__repr__ else f"{name}: {re.sub(r' at 0x[0-9a-f]+', '', repr(obj))}"
+        return name(obj) + of
+    hidden = type(obj).__repr__ is object.__repr__
+    return name(obj) if hidden else f"{name(obj)}: {re.sub(r' at 0x[0-9a-f]+', '', repr(obj))}"

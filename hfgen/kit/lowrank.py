@@ -1,7 +1,8 @@
-"""Adapters that train a low-rank product which starts as a part of the weight: dW = s (B A - B0 A0).
+"""Adapters that train a low-rank product: the forward of any (`ProductLayer`), and those whose product starts as a part
+of the weight, dW = s (B A - B0 A0).
 
-Shapes: A and A0 (r, n), B and B0 (m, r). Papers overwrite W with its residual W - s B0 A0 and train A and B beside it.
-Here W stays as it is and the frozen A0, B0 are subtracted instead, as
+Shapes: A and A0 (r, n), B and B0 (m, r). Of the latter, papers overwrite W with its residual W - s B0 A0 and train A and B
+beside it. Here W stays as it is and the frozen A0, B0 are subtracted instead, as
 
     dW = s [B, B - B0] [A - A0; A0],
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,7 +65,90 @@ class LowRankConfig(DeltaConfig):
         return 1.0 if self.alpha is None else self.alpha / self.r
 
 
-class LowRankLayer(DeltaLayer):
+BLOCK = 1 << 20  # entries of dW looked at in one go by `importance`
+
+
+def importance(x: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """sum |dW o dL/ddW| / sqrt(mn) of dW = left right (m, n), a float64 scalar, in blocks of rows: neither matrix is made.
+
+    Args:
+        x: The layer's input (..., n).
+        g: The gradient dL/dy at its output (..., m); its dtype is that of the products.
+        left, right: (m, r) and (r, n).
+    """
+    x, g = x.reshape(-1, x.shape[-1]).to(g.dtype), g.reshape(-1, g.shape[-1])
+    (m, n), rows = (len(left), right.shape[1]), max(1, BLOCK // right.shape[1])
+    total = torch.zeros((), dtype=torch.float64, device=g.device)
+    for block, grad in zip(left.split(rows), g.T.split(rows), strict=True):
+        total += (block @ right).mul_(grad @ x).abs_().sum().double()
+    return total / (m * n) ** 0.5
+
+
+def orthogonality_gradient(matrix: Tensor) -> Tensor:
+    """d ||M M^T - I||_F / dM of M (k, n): 2 (M M^T - I) M over that norm; zero where the norm is."""
+    gap = matrix @ matrix.T - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return 2 * gap / gap.norm().clamp_min(torch.finfo(gap.dtype).tiny) @ matrix
+
+
+def add_orthogonality(a: nn.Parameter, b: nn.Parameter, factor: float, grad_scale: Tensor | None = None) -> None:
+    """Add the gradient of factor (||A A^T - I||_F + ||B^T B - I||_F) to those of A (r, n) and B (m, r).
+
+    `grad_scale` is an optimizer's own, where gradients are still multiplied with it (fused ones under GradScaler).
+    """
+    for p, matrix in ((a, a), (b, b.T)):
+        term = orthogonality_gradient(matrix) * (factor if grad_scale is None else factor * grad_scale)
+        term = (term if p is a else term.T.contiguous()).to(p.dtype)
+        p.grad = term if p.grad is None else p.grad.add_(term)
+
+
+class _Scored(torch.autograd.Function):
+    """delta as it is; in the backward `take` gets the `importance` of the factors, with the loss's own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, delta: Tensor, x: Tensor, left: Tensor, right: Tensor, take: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.save_for_backward(x, left, right)  # which the products have saved already
+        ctx.take = take
+        return delta.view_as(delta)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, left, right = ctx.saved_tensors  # once: checkpointing computes them anew
+        ctx.take(importance(x, g, left, right))
+        return g, None, None, None, None
+
+
+@torch.compiler.disable
+def scored(delta: Tensor, x: Tensor, left: Tensor, right: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+    """delta = x right^T left^T (..., m), unchanged; its backward calls `take(importance)`. A graph break when compiled."""
+    out: Tensor = _Scored.apply(delta, x.detach(), left.detach(), right.detach(), take)
+    return out
+
+
+class ProductLayer(DeltaLayer):
+    """dW = left right, with the factors of `lora_factors`."""
+
+    @abstractmethod
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """right (r, n) and left (m, r): the LoRA with the same function at scaling 1."""
+
+    def delta_forward(self, adapter_name: str, x: Tensor) -> Tensor:
+        right, left = self.lora_factors(adapter_name)
+        return F.linear(F.linear(self._cast_input_dtype(x, right.dtype), right), left)
+
+    def delta_vector(self, adapter_name: str, x: Tensor) -> Tensor:
+        right, left = self.lora_factors(adapter_name)
+        return left.double() @ (right.double() @ x.double())
+
+    def delta_weight(self, adapter_name: str) -> Tensor:
+        right, left = self.lora_factors(adapter_name)
+        if left.device.type == "cpu":  # half-precision products are slow there and lose the small ones
+            left, right = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (left, right))
+        return left @ right
+
+
+class LowRankLayer(ProductLayer):
     """Subclasses set `prefix` and implement `factorise`.
 
     The four factors are parameters `<prefix>_A`, `_B` (trained), `_A0` and `_B0` (frozen), and all four are saved: a part
@@ -119,20 +204,6 @@ class LowRankLayer(DeltaLayer):
     def cast_adapter(self, adapter_name: str) -> None:
         super().cast_adapter(adapter_name)
         self._freeze_non_trainable_peft_weights(adapter_name)  # a new tensor in a ParameterDict wants a gradient
-
-    def delta_forward(self, adapter_name: str, x: Tensor) -> Tensor:
-        right, left = self.lora_factors(adapter_name)
-        return F.linear(F.linear(self._cast_input_dtype(x, right.dtype), right), left)
-
-    def delta_vector(self, adapter_name: str, x: Tensor) -> Tensor:
-        right, left = self.lora_factors(adapter_name)
-        return left.double() @ (right.double() @ x.double())
-
-    def delta_weight(self, adapter_name: str) -> Tensor:
-        right, left = self.lora_factors(adapter_name)
-        if left.device.type == "cpu":  # half-precision products are slow there and lose the small ones
-            left, right = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (left, right))
-        return left @ right
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """[A - A0; A0] (2r, n) and s [B, B - B0] (m, 2r): the LoRA with the same function at scaling 1.

@@ -17,9 +17,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 import warnings
-import weakref
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,19 +25,18 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from accelerate.state import AcceleratorState
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from hfgen.kit import checks
 from hfgen.kit.adapter import DeltaLayer, DeltaTuner, _unpacked_bnb, probe, quantization_backend
+from hfgen.kit.steps import Stepwise, refuse_sharded
 
 CHUNK = 1 << 22  # entries looked at in one go by `kth_smallest`
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -175,33 +172,6 @@ def tied_weights(model: nn.Module) -> set[int]:
     return {key for key, n in counts.items() if n > 1}
 
 
-def refuse_sharded(owner: str, parameter: Tensor | None = None, module: nn.Module | None = None) -> None:
-    """Raises ValueError under FSDP and DeepSpeed ZeRO, in words: they hold the weights in pieces or flat copies.
-
-    Args:
-        parameter: Looked at for FSDP's marks.
-        module: A part of the model that is in its forward, where FSDP shows whole tensors for the time being.
-    """
-    host = str(getattr(AcceleratorState._shared_state.get("distributed_type"), "value", ""))
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
-            host = name
-    if isinstance(parameter, DTensor) or getattr(parameter, "_fsdp_flattened", False):
-        host = "FSDP"
-    if module is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed._composable_state import _module_state_mapping  # fully_shard's modules
-        from torch.distributed.fsdp import FSDPModule
-
-        sharded = [m for m in _module_state_mapping if isinstance(m, FSDPModule)]
-        if not isinstance(parameter, nn.Parameter) or any(module is inner for m in sharded for inner in m.modules()):
-            host = "FSDP"
-    if host in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"{owner} writes single entries into whole weights, which {host} keeps in pieces; train with DDP "
-            "(`accelerate launch --multi_gpu`) or on one device"
-        )
-
-
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,53 +213,7 @@ def _swapped(module: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
         own.update(before)
 
 
-# --- optimizer steps --------------------------------------------------------------------------------------------------
-
-_watched: weakref.WeakSet[SparseLayer] = weakref.WeakSet()
-_handles: list[RemovableHandle] = []
-
-
-def watch_steps(layer: SparseLayer) -> None:
-    """From now on `layer.before_steps` is called before each optimizer step that trains its values.
-
-    torch's own slot (`register_optimizer_step_pre_hook`): it is once per step whatever the accumulation, sees every
-    torch.optim.Optimizer, and is taken off when no watched layer is left.
-    """
-    layer._watches = True  # a copy of the layer is watched too
-    _watched.add(layer)
-    if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(lambda opt, *_: _call("before", opt)))
-        _handles.append(register_optimizer_step_post_hook(lambda opt, *_: _call("after", opt)))
-
-
-def _call(event: str, optimizer: torch.optim.Optimizer) -> None:
-    if not _watched:
-        while _handles:
-            _handles.pop().remove()
-        return
-    skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips by itself
-    if skipped is not None and bool(skipped):
-        return
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    groups: dict[tuple[str, int], list[SparseLayer]] = {}
-    for layer in sorted(_watched, key=lambda layer: layer.module_name):
-        for name, values in getattr(layer, layer.values_name).items():
-            if id(values) in owned:
-                groups.setdefault((name, id(layer._facts[name]["config"])), []).append(layer)
-    with torch.no_grad():
-        for (name, _), layers in groups.items():
-            if event == "before" and all(getattr(layer, layer.values_name)[name].grad is None for layer in layers):
-                continue  # another adapter's turn; a layer that was not called this time (an expert) takes part
-            if event == "after":
-                for layer in layers:
-                    layer._restore_frozen(name)
-                continue
-            layers[0].before_steps(name, layers, optimizer)
-            for layer in layers:
-                layer._facts[name]["seen"] = True
-                layer._facts[name].pop("first", None)
-                if name in getattr(layer, layer.active_name):
-                    layer._kept[name] = getattr(layer, layer.values_name)[name].detach().clone()
+# --- without an adapter ----------------------------------------------------------------------------------------------
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -374,8 +298,8 @@ def _thin(target: tuple[Tensor, Tensor, nn.Parameter] | None, p: Tensor) -> None
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-class SparseLayer(DeltaLayer):
-    """Subclasses set `values_name` and implement `choose`; `before_steps` where they `watch_steps`.
+class SparseLayer(Stepwise, DeltaLayer):
+    """Subclasses set `values_name` and implement `choose`; `before_steps` where they `drive`.
 
     Attributes:
         values_name: Container of the trained vectors (nnz), e.g. `"sara_values"`.
@@ -396,19 +320,20 @@ class SparseLayer(DeltaLayer):
             self.active_name,
             "_facts",
             "_kept",
+            "_driven",
+            "_first",
         )
+        self.prepare_steps()
         setattr(self, self.values_name, nn.ParameterDict())
         setattr(self, self.index_name, BufferDict(persistent=False))
         setattr(self, self.origin_name, BufferDict(persistent=False))
         setattr(self, self.hash_name, BufferDict(persistent=True))
         setattr(self, self.active_name, BufferDict(persistent=True))
         self._kept: dict[str, Tensor] = {}
-        self._watches = False
         self.in_place = self.quantization_backend is None
         self._facts: dict[str, dict[str, Any]] = {}
         self._written: tuple[tuple[str, float], ...] = ()  # adapters whose values stand in the weight, with their scale
         self._versions: list[tuple[int, int]] = []  # of those values when they were written
-        self._checked = False
         self.register_state_dict_pre_hook(_pristine_before_saving)
 
     @abstractmethod
@@ -419,9 +344,6 @@ class SparseLayer(DeltaLayer):
         """Whether `freeze` will be used, so that what is still trained must be kept and saved."""
         return False
 
-    def before_steps(self, adapter_name: str, layers: list[Any], optimizer: torch.optim.Optimizer) -> None:
-        """Called on one layer for all that the optimizer trains, when gradients are final (clipped, unscaled)."""
-
     def trained(self, name: str) -> Tensor:
         """The values (nnz), detached where they no longer train."""
         values: Tensor = getattr(self, self.values_name)[name]
@@ -429,10 +351,14 @@ class SparseLayer(DeltaLayer):
         return torch.where(active[name], values, values.detach()) if name in active else values
 
     def freeze(self, name: str, active: Tensor) -> None:
-        """Train only these entries (nnz, bool) from now on; needs `shrinks` in `build`, and `watch_steps`."""
+        """Train only these entries (nnz, bool) from now on; needs `shrinks` in `build`, and `drive`."""
         getattr(self, self.active_name)[name].copy_(active)
 
-    def _restore_frozen(self, name: str) -> None:
+    def before_step(self, name: str) -> None:
+        if name in getattr(self, self.active_name):
+            self._kept[name] = getattr(self, self.values_name)[name].detach().clone()
+
+    def after_step(self, name: str) -> None:
         kept = self._kept.pop(name, None)
         if kept is not None:  # weight decay and old momentum move an entry without gradient too
             values = getattr(self, self.values_name)[name]
@@ -537,8 +463,6 @@ class SparseLayer(DeltaLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._versions = []  # of the original's tensors
-        if self._watches:
-            watch_steps(self)
 
     # --- casts --------------------------------------------------------------------------------------------------------
     def undo_casts(self) -> None:
@@ -615,15 +539,15 @@ class SparseLayer(DeltaLayer):
         if self._unverified and not self.disable_adapters:
             for name in self.active_adapters:
                 self.verify(name)
-                self._facts.get(name, {}).pop("first", None)
+                self.forget_first(name)
         if torch.compiler.is_compiling():
             return self._traced(x, *args, **kwargs)
         self.sync()
         names = [n for n, _ in self._written if not self.merged and getattr(self, self.values_name)[n].requires_grad]
         if not names or not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self in _watched:
-            self._refuse_unseen_steps(names)
+        for name in set(names) & set(self._driven):
+            self.refuse_unseen_steps(name, self.values_name, getattr(self, self.values_name)[name])
         alias = _Overlay.apply(self, names, *(self.trained(n) for n in names))
         with _swapped(self.get_base_layer(), alias):
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -647,16 +571,6 @@ class SparseLayer(DeltaLayer):
         index = self.indices(name)
         parts = new.split(self._facts[name]["split"])
         return [f.index_put((i,), v.to(f.dtype), accumulate) for f, i, v in zip(flat, index, parts, strict=True)]
-
-    def _refuse_unseen_steps(self, names: list[str]) -> None:
-        """Raises when an optimizer moved the values and torch's step hooks told nothing of it. Until the first step."""
-        for name in names:
-            facts, values = self._facts[name], getattr(self, self.values_name)[name].detach()
-            if not facts.get("seen") and not torch.equal(facts.setdefault("first", values.clone()), values):
-                raise RuntimeError(
-                    f"{self.values_name} of {self.module_name} changed without a step of a torch.optim.Optimizer that "
-                    "holds it, so what this method does at each step cannot happen; use such an optimizer"
-                )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if not self.in_place:

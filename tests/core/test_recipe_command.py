@@ -62,7 +62,7 @@ def test_cp_overwrites_only_when_told_to(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("sfft", "did you mean"), ("../pyproject", "there are: classify, "), ("bench", "no recipe 'bench'")],
+    [("sfft", "did you mean"), ("../pyproject", "there are: best_of_n, classify, "), ("bench", "no recipe 'bench'")],
 )
 def test_cp_of_an_unknown_name(name, words, tmp_path):
     done = hfgen("recipe", "cp", name, str(tmp_path / "out"), check=False)

@@ -11,7 +11,7 @@ from tests.distributed import worker
 from tests.distributed.compare import differing, facts, once
 
 FAST = ("svfit", "hyperfit", "s3ft")
-REST = ("loldu", "soma", "easyquant_lora", "easyquant_svfit")
+REST = ("loldu", "soma", "increlora", "sara", "easyquant_lora", "easyquant_svfit")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -60,8 +60,10 @@ def ended_equal(folder, mode, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_killed_and_resumed_on_two_processes(tmp_path, mode):
+@pytest.mark.parametrize(
+    ("mode", "method"), [("ddp", "svfit"), ("fsdp2", "svfit"), ("ddp", "increlora"), ("ddp", "sara")]
+)
+def test_killed_and_resumed_on_two_processes(tmp_path, mode, method):
     """The second process is killed, which ends the first; a new launch goes on."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", worker.__file__]
 
@@ -69,10 +71,10 @@ def test_killed_and_resumed_on_two_processes(tmp_path, mode):
         command = [*launch, str(tmp_path), *tasks]
         return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=200)
 
-    first = run(f"{mode}/cut/svfit")
+    first = run(f"{mode}/cut/{method}")
     assert first.returncode != 0 and "SIGKILL" in first.stderr
-    second = run(f"{mode}/again/svfit", f"{mode}/whole_run/svfit")
+    second = run(f"{mode}/again/{method}", f"{mode}/whole_run/{method}")
     assert second.returncode == 0, second.stderr[-3000:]
     for rank in (0, 1):
-        assert facts(tmp_path, f"{mode}/again/svfit", rank)["step"] == 8
-    ended_equal(tmp_path, mode, "svfit")
+        assert facts(tmp_path, f"{mode}/again/{method}", rank)["step"] == 8
+    ended_equal(tmp_path, mode, method)

@@ -26,7 +26,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from trl import SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SomaConfig, SVFitConfig
+from hfgen.adapters import IncreLoraConfig, LoLDUConfig, SaraConfig, SomaConfig, SVFitConfig
 from hfgen.callbacks import HyperfitCallback, hyperfit_args
 from hfgen.kit.monitor import Event, SampleTracker, gradient_norm
 from hfgen.quantizers import EasyQuantConfig
@@ -50,6 +50,13 @@ ADAPTERS = {
     "loldu": lambda: LoLDUConfig(r=8, **TARGETS),
     "loldu_scale": lambda: LoLDUConfig(r=8, train_scale=True, **TARGETS),
     "soma": lambda: SomaConfig(r=8, **TARGETS),
+    # grows after steps 3, 5 and 7 (checkpoints: 2, 4, 6, 8), by scores of every step
+    "increlora": lambda: IncreLoraConfig(
+        target_total_rank=11, init_warmup=1, incre_interval=2, top_h=2, warmup_steps=2, score_window=None, **TARGETS
+    ),
+    "sara": lambda: SaraConfig(
+        density=0.1, nuclear_weight=1e-4, nuclear_min_dim=16, progressive_at=5, reset_state_on_progress=True, **TARGETS
+    ),
     "s3ft": lambda: LoraConfig(r=8, lora_alpha=16, **TARGETS),
     "sft": lambda: None,
     "hyperfit": lambda: None,
@@ -58,7 +65,15 @@ ADAPTERS = {
     "easyquant_svfit": lambda: SVFitConfig(r=8, **TARGETS),
 }
 # Peaks of the recipes: recipes/classify.yaml (1e-2), recipes/s3ft.yaml, hyperfit's evidence at this size, LoRA's.
-RATES = {"s3ft": 1e-4, "sft": 1e-3, "hyperfit": 1e-3, "hyperfit_trainer": 1e-3, "easyquant_lora": 1e-3, "soma": 1e-3}
+RATES = {
+    "s3ft": 1e-4,
+    "sft": 1e-3,
+    "hyperfit": 1e-3,
+    "hyperfit_trainer": 1e-3,
+    "easyquant_lora": 1e-3,
+    "soma": 1e-3,
+    "sara": 1e-3,
+}
 
 
 @functools.cache
@@ -129,6 +144,14 @@ def trained_part(model):
     return {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
+def fitted(tensor, shape):
+    """The tensor in the shape it has at the end: zeros in what has grown, without what was dropped."""
+    common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+    new = tensor.new_zeros(shape)
+    new[common] = tensor[common]
+    return new
+
+
 def digest(tensors):
     data = b"".join(name.encode() + t.contiguous().numpy().tobytes() for name, t in sorted(tensors.items()))
     return hashlib.sha256(data).hexdigest()
@@ -147,16 +170,22 @@ def wrapped(trainer, mode):
     assert sharded == (mode == "fsdp2")
 
 
+TWO = {"per_device_train_batch_size": 2}  # rows of each of two processes
+
+
 # --- kinds of tasks: each gives (facts for JSON, tensors) -----------------------------------------------------------
 
 
 def train(mode, folder, method):
     """Eight AdamW steps; the adapter saved and, in one process, nothing more."""
-    trainer = trainer_of(method, folder, per_device_train_batch_size=4 if mode == "one" else 2)
+    # scores are of micro-batches, so IncreLoRA's one process cuts its rows as two processes do
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} if method == "increlora" else {}
+    trainer = trainer_of(method, folder, **({"per_device_train_batch_size": 4} | cut if mode == "one" else TWO))
     start = trained_part(trainer.model)
     trainer.train()
     wrapped(trainer, mode)
     end = trained_part(trainer.model)
+    start = {n: fitted(t, end[n].shape) for n, t in start.items()}
     trainer.save_model(str(folder / "saved"))
     facts = {"losses": losses(trainer), "equal": digest(end)}
     for callback in trainer.callback_handler.callbacks:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import random
 import shutil
+import sys
 import traceback
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.kit import generation
+from hfgen.kit import generation, sandboxing
 from hfgen.trainers import S3FTConfig, S3FTTrainer, build_s3ft_dataset
 
 D, oracle = sandbox.tasks.D, sandbox.tasks.oracle_paraphraser
@@ -180,6 +182,182 @@ def test_conversations_give_the_same_data(tmp_path, model, tokenizer, form):
     assert built["logp_target"] == plain["logp_target"] and built["logp_gold"] == plain["logp_gold"]
 
 
+def test_where_a_target_comes_from_is_told(monkeypatch, tmp_path, model, tokenizer):
+    table = {
+        "a": ("ok a", True), "b": ("bad", True), "again b": ("ok b", True), "c": ("cut off", False),
+        "again c": ("bad", True), "d": ("  ", True), "again d": ("ok d", True),
+    }  # fmt: skip
+    scripted(monkeypatch, tokenizer, table)
+    dataset = Dataset.from_dict({"prompt": list("abcd"), "completion": ["gold"] * 4})
+
+    def judge(prompt, answer, gold):
+        return 0.75 if answer.startswith("ok") else 0.25
+
+    built = build(tmp_path, model, tokenizer, dataset, judge, Rewriter(), s3ft_batch_size=2)
+    assert built["source"] == ["self", "paraphrase", "gold", "paraphrase"] and built["attempts"] == [1, 2, 2, 2]
+    assert built["own_answer"] == ["ok a", "bad", "cut off", "  "] and built["own_score"] == [0.75, 0.25, None, None]
+    assert set(built["judge"]) == {f"{__name__}.{judge.__qualname__}"}
+    part = tmp_path / "_s3ft_data" / "part-0.jsonl"  # as the first version wrote it
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    for line in lines:
+        line["rows"] = [
+            {k: r[k] for k in ("source", "text", "score", "logp_gold", "logp_target")} for r in line["rows"]
+        ]
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old = build(tmp_path, model, tokenizer, dataset, judge, Rewriter(), s3ft_batch_size=2)
+    assert old["completion"] == built["completion"] and old["attempts"] == [None] * 4 and old.features == built.features
+
+
+class Together:
+    """A judge of several at a time."""
+
+    def __init__(self, verdicts=None):
+        self.sizes, self.verdicts = [], verdicts
+
+    def __call__(self, prompt, answer, gold, **columns):
+        if answer == "bad":
+            raise KeyError("tests")
+        return D.judge(prompt, answer)
+
+    def __repr__(self):
+        return "together"
+
+    def many(self, calls):
+        self.sizes.append(len(calls))
+        return [self(*c[:3], **c[3]) for c in calls] if self.verdicts is None else self.verdicts
+
+
+def test_a_judge_of_several_gets_a_block_at_a_time(monkeypatch, tmp_path, model, tokenizer):
+    one, judge = build(tmp_path / "1", model, tokenizer), Together()
+    several = build(tmp_path / "2", model, tokenizer, judge=judge)
+    assert several.remove_columns("judge").to_list() == one.remove_columns("judge").to_list()
+    assert judge.sizes[0] == 4 and sum(judge.sizes) <= 20
+    scripted(monkeypatch, tokenizer, {p: ("bad" if p == D.prompts[5] else "1+1+1", True) for p in D.prompts})
+    with pytest.raises(ValueError, match=rf"raised KeyError: 'tests' on row '{D.prompts[5]}'"):
+        build(tmp_path / "3", model, tokenizer, judge=judge)
+    with pytest.raises(ValueError, match=r"together gave 1 verdicts on 4 answers; give as many"):
+        build(tmp_path / "4", model, tokenizer, judge=Together([True]))
+    with pytest.raises(TypeError, match=r"together returned 'yes' on row"):
+        build(tmp_path / "5", model, tokenizer, judge=Together(["yes"] * 4))
+
+
+def test_code_is_judged_by_its_tests(monkeypatch, tmp_path, model, tokenizer):
+    """The whole way: the model's code runs in the sandbox; where there is none, the build refuses before it starts."""
+    answers = {"a": "def f(n): return n * n", "b": "def f(n): return n", "c": "import os; os._exit(0)"}
+    scripted(monkeypatch, tokenizer, {k: (v, True) for k, v in answers.items()})
+    dataset = Dataset.from_dict(
+        {"prompt": list("abc"), "completion": ["gold"] * 3, "tests": [["assert f(3) == 9"]] * 3}
+    )
+    with pytest.raises(ValueError, match="allow_code_execution is False"):
+        build(tmp_path, model, tokenizer, dataset, judge="code")
+    given = config(tmp_path, judge="code", judge_args='{"allow_code_execution": true, "wall_seconds": 30}')
+    try:
+        built = build_s3ft_dataset(model, dataset, None, "none", tokenizer, given)
+    except sandboxing.SandboxError as exc:
+        assert "cannot be run safely here" in str(exc) and not (tmp_path / "_s3ft_data").exists()
+    else:
+        assert built["source"] == ["self", "gold", "gold"] and built["own_score"] == [1, 0, 0]
+        assert set(built["judge"]) == {"hfgen_plugins.judges.code.judge.CodeJudge"}
+
+
+# --- ablations ----------------------------------------------------------------------------------------------------
+
+
+def test_without_paraphrase(tmp_path, model, tokenizer):
+    named = build(tmp_path / "1", model, tokenizer, paraphraser="none")
+    assert build(tmp_path / "2", model, tokenizer, no_paraphrase=True).to_list() == named.to_list()
+    assert build(tmp_path / "1", model, tokenizer, no_paraphrase=True).to_list() == named.to_list()  # the same data
+
+
+def test_failures_can_be_dropped(monkeypatch, tmp_path, model, tokenizer):
+    """On the data of a run that keeps them: they are not built again."""
+    whole = build(tmp_path, model, tokenizer, paraphraser="none")
+    sizes = counted(monkeypatch, model)
+    dropped = build(tmp_path, model, tokenizer, paraphraser="none", drop_failures=True)
+    assert dropped.to_list() == [r for r in whole if r["source"] == "self"] and 0 < len(dropped) < 10 and sizes == []
+    with pytest.raises(ValueError, match="drop_failures is true and the judge found no right answer in 10 rows"):
+        build(tmp_path / "none", model, tokenizer, judge=lambda prompt, answer, gold: False, drop_failures=True)
+    run = trainer(tmp_path / "run", drop_failures=True, no_paraphrase=True)
+    run.train()
+    log = run.state.log_history[0]
+    assert log["s3ft/frac_dropped"] == pytest.approx(1 - len(dropped) / 10) and log["s3ft/frac_gold"] == 0
+
+
+def test_a_judge_of_strings(tmp_path, model, tokenizer):
+    """What the model phrases differently counts as wrong: S3FT is then almost SFT."""
+    built = build(tmp_path, model, tokenizer, string_judge=True)
+    assert built["source"] == ["gold"] * 10 and set(built["judge"]) == {"hfgen_plugins.judges.exact.judge.ExactJudge"}
+    same = [{**r, "gold": built["own_answer"][i]} for i, r in enumerate(rows())]
+    assert (
+        build(tmp_path / "2", model, tokenizer, Dataset.from_list(same), string_judge=True)["source"] == ["self"] * 10
+    )
+
+
+# --- vLLM ---------------------------------------------------------------------------------------------------------
+
+
+class FakeVLLM:
+    """vLLM's interface as we use it, by transformers: what is asked and with which weights is real."""
+
+    __version__ = "0.0"
+
+    def __init__(self):
+        self.options, self.settings = [], []
+
+    def SamplingParams(self, **options):
+        self.settings.append(options)
+        return types.SimpleNamespace(**options)
+
+    def LLM(self, model, **options):
+        self.options.append(options)
+        loaded = LlamaForCausalLM.from_pretrained(model)
+
+        def generate(prompts, sampling_params, use_tqdm):
+            outputs = []
+            for prompt, wanted in zip(prompts, sampling_params, strict=True):
+                ids = torch.tensor([prompt["prompt_token_ids"]])
+                new = loaded.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                    max_new_tokens=wanted.max_tokens, eos_token_id=wanted.stop_token_ids,
+                )[0, ids.shape[1] :].tolist()  # fmt: skip
+                reason = "stop" if new[-1] in wanted.stop_token_ids else "length"
+                outputs.append(
+                    types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=new, finish_reason=reason)])
+                )
+            return outputs
+
+        return types.SimpleNamespace(generate=generate)
+
+
+def test_vllm_gives_the_same_data(monkeypatch, tmp_path, model, tokenizer):
+    fake = FakeVLLM()
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    plain = build(tmp_path / "1", model, tokenizer, paraphraser="self")
+    sizes = counted(monkeypatch, model)
+    options = {"s3ft_vllm": True, "s3ft_vllm_args": '{"max_model_len": 256}'}
+    built = build(tmp_path / "2", model, tokenizer, paraphraser="self", **options)
+    own = ["completion", "source", "own_answer", "attempts"]
+    assert built.select_columns(own).to_list() == plain.select_columns(own).to_list() and sizes == []
+    assert built["logp_target"] == pytest.approx(plain["logp_target"], abs=1e-4)
+    assert fake.options == [{"max_model_len": 256, "dtype": "float32", "seed": 0, "gpu_memory_utilization": 0.5}]
+    assert fake.settings[0] == {"temperature": 0.0, "max_tokens": 24, "stop_token_ids": [tokenizer.eos_token_id]}
+    build(tmp_path / "3", model, tokenizer, paraphraser="none", num_candidates=2, **options)
+    assert {"temperature", "top_p", "seed"} <= fake.settings[-1].keys() and fake.settings[-1]["temperature"] == 0.7
+    for folder, wrong in (("1", options), ("2", {})):  # data of the one are not the other's
+        with pytest.raises(ValueError, match="another run, which differs in vllm"):
+            build(tmp_path / folder, model, tokenizer, paraphraser="self", **wrong)
+    wrapped = get_peft_model(sandbox.load_model(), LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="s3ft_vllm is true and model has an adapter; pass the plain model"):
+        build(tmp_path / "4", wrapped, tokenizer, **options)
+
+
+def test_vllm_that_is_missing_is_named(monkeypatch, tmp_path, model, tokenizer):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match=r"s3ft_vllm is true, but vLLM does not import .*; pip install vllm, or leave"):
+        build(tmp_path, model, tokenizer, s3ft_vllm=True)
+    assert not (tmp_path / "_s3ft_data").exists()
+
+
 # --- the kit: log-probabilities, sampling, purity -----------------------------------------------------------------
 
 
@@ -297,8 +475,6 @@ def test_adapters_that_change_the_base_are_refused(tmp_path, model, tokenizer):
 
 
 def test_a_killed_build_goes_on_where_it_stopped(monkeypatch, tmp_path, model, tokenizer):
-    whole = build(tmp_path / "whole", model, tokenizer)
-    assert build(tmp_path / "again", model, tokenizer).to_list() == whole.to_list()
     calls = []
 
     def dies(prompt, answer, gold):
@@ -313,6 +489,8 @@ def test_a_killed_build_goes_on_where_it_stopped(monkeypatch, tmp_path, model, t
         return D.judge(prompt, answer)
 
     judge.__module__, judge.__qualname__ = "test", "judge"
+    whole = build(tmp_path / "whole", model, tokenizer, judge=judge)
+    assert build(tmp_path / "again", model, tokenizer, judge=judge).to_list() == whole.to_list()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "killed", model, tokenizer, judge=dies)
     part = tmp_path / "killed" / "_s3ft_data" / "part-0.jsonl"
@@ -515,6 +693,13 @@ def test_packing_and_padding_free_keep_the_labels(tmp_path):
         ({"judge": print}, TypeError, r"give a name here, an object to S3FTTrainer\(judge=\)"),
         ({"s3ft_cache_dir": 5}, TypeError, "s3ft_cache_dir is 5"),
         ({"judge_args": "tolerance"}, TypeError, "judge_args is 'tolerance'"),
+        ({"s3ft_vllm": "yes"}, TypeError, "s3ft_vllm is 'yes'"),
+        ({"s3ft_vllm": True, "s3ft_vllm_args": 5}, TypeError, "s3ft_vllm_args is 5; give options as a JSON object"),
+        ({"s3ft_vllm_args": {"seed": 1}}, ValueError, "s3ft_vllm_args is .*, but s3ft_vllm is false; set it"),
+        ({"no_paraphrase": 1}, TypeError, "no_paraphrase is 1"),
+        ({"drop_failures": "no"}, TypeError, "drop_failures is 'no'"),
+        ({"string_judge": None}, TypeError, "string_judge is None"),
+        ({"no_paraphrase": True, "paraphrase_attempts": 2}, ValueError, "paraphrase_attempts is 2 and no_paraphrase"),
         ({"completion_only_loss": False}, ValueError, "completion_only_loss is False"),
         ({"dataset_kwargs": {"skip_prepare_dataset": True}}, ValueError, "skip_prepare_dataset"),
     ],

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hfgen import sandbox
 from hfgen.adapters import SaraAdamW, SaraConfig, sara_learning_rate
 from hfgen.kit import sparse
+from hfgen.kit import steps as steps_of
 from hfgen.testing.adapters import CHECKS, AdapterCase
 
 ADAM = {"lr": 0.03, "weight_decay": 0.1, "betas": (0.8, 0.95)}
@@ -378,15 +379,15 @@ def test_a_copy_is_driven_too():
 
 def test_hooks_go_with_the_last_adapter():
     model = adapted(progressive_at=2)
-    assert sparse._handles
+    assert steps_of._handles
     del model
     gc.collect()
     parameter = nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
     torch.optim.SGD([parameter], lr=0.1).step()
-    if not sparse._watched:  # another test's model may live on
+    if not steps_of._watched:  # another test's model may live on
         left = torch_optimizer._global_optimizer_pre_hooks.values()
-        assert not sparse._handles and not [hook for hook in left if hook.__module__ == sparse.__name__]
+        assert not steps_of._handles and not [hook for hook in left if hook.__module__ == steps_of.__name__]
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------

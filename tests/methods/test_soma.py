@@ -36,6 +36,7 @@ from trl import SFTConfig, SFTTrainer
 from hfgen import sandbox
 from hfgen.adapters import SomaConfig
 from hfgen.cli import export
+from hfgen.kit import steps
 from hfgen.kit.lowrank import block_of
 from hfgen.quantizers import EasyQuantConfig
 from hfgen_plugins.adapters.soma import decay as slot
@@ -550,14 +551,14 @@ def test_what_cannot_be_annealed_is_refused(monkeypatch):
 
 def test_nothing_is_kept_alive():
     gc.collect()
-    before = len(slot._layers)
+    before = len(steps._watched)
     model = adapted(Net(), r=2)
-    assert len(slot._layers) == before + 1 and len(slot._hooks) == 1
+    assert len(steps._watched) == before + 1 and len(steps._handles) == 2
     model.delete_adapter("default")
     assert not list(model.base_model.model.lin.decayed_parameters())
     del model
     gc.collect()
-    assert len(slot._layers) == before
+    assert len(steps._watched) == before
 
 
 _DDP = """

@@ -51,7 +51,7 @@ class SaraLinear(sparse.SparseLayer):
         self._facts[adapter_name]["threshold"] = config._threshold
         if config.stepwise:
             self.sara_step[adapter_name] = torch.zeros(1, dtype=torch.int64)
-            sparse.watch_steps(self)
+            self.drive(adapter_name, config)
 
     def before_steps(self, name: str, layers: list[SaraLinear], optimizer: torch.optim.Optimizer) -> None:
         config, step = self._facts[name]["config"], int(self.sara_step[name])

@@ -1,12 +1,11 @@
 """Annealed weight decay that attaches itself: no call, callback or optimizer of the user's is needed.
 
-torch runs a global hook before every optimizer's step. Ours looks for parameters of the layers in `_layers` among the
-optimizer's groups and sets the `weight_decay` of the groups that hold one. The optimizer then decays once, by its own
-rule, with the schedule's value in place of whatever the group said.
+Before every optimizer step (`hfgen.kit.steps`) the layers' parameters are looked for among the optimizer's groups, and
+the `weight_decay` of the groups that hold one is set. The optimizer then decays once, by its own rule, with the schedule's
+value in place of whatever the group said.
 
-The step and the last step are those of the transformers Trainer whose optimizer steps; peft gives an adapter no way to it,
-so it is looked for among the callers, once per optimizer. Without a Trainer, steps are counted in the group itself,
-which every optimizer's state_dict carries, up to `total`.
+The step and the last step are those of the transformers Trainer whose optimizer steps. Without a Trainer, steps are counted
+in the group itself, which every optimizer's state_dict carries, up to `total`.
 """
 
 from __future__ import annotations
@@ -15,20 +14,17 @@ import gc
 import logging
 import math
 import os
-import sys
 import warnings
 import weakref
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from hfgen.kit import steps
 
 logger = logging.getLogger("hfgen")
 STEP = "hfgen_decay_step"  # in an optimizer's group: steps taken so far without a Trainer
 
-_layers: weakref.WeakSet[Any] = weakref.WeakSet()
-_hooks: list[Any] = []  # the one hook, from the first watched layer on
-_trainers: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 _told: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -45,27 +41,28 @@ def annealed(decay: Decay, step: int, total: int) -> float:
     return decay.end + (decay.start - decay.end) * (1 + math.cos(math.pi * min(step, total) / total)) / 2
 
 
-def watch(layer: Any) -> None:
-    """Anneal the decay of what `layer.decayed_parameters()` yields, (parameter, Decay) pairs, while the layer lives."""
-    _layers.add(layer)
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-
-
-def _trained() -> dict[int, Decay]:
+def _trained(layers: list[Any]) -> dict[int, Decay]:
     """{id of a parameter: its schedule}"""
-    return {id(p): decay for layer in _layers for p, decay in layer.decayed_parameters() if p.requires_grad}
+    return {id(p): decay for layer in layers for p, decay in layer.decayed_parameters() if p.requires_grad}
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    ours = _trained()
+def anneal(layers: list[Any], optimizer: Optimizer) -> None:
+    """Set what the coming step of `optimizer` decays with, by the layers' `decayed_parameters()`, (parameter, Decay) pairs.
+
+    Raises:
+        ValueError: an optimizer's group has no weight decay, or adapters with several schedules, or the optimizer holds
+            flat shards.
+    """
+    ours = _trained(layers)
     if not ours:
         return
     groups = [(g, {ours[id(p)] for p in g["params"] if id(p) in ours}) for g in optimizer.param_groups]
     groups = [(group, decays) for group, decays in groups if decays]
     if not groups and any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP")):
+        kind = type(layers[0])
+        layers.clear()
         gc.collect()  # a model that nobody holds any more is no reason to refuse
-        if _trained():
+        if _trained(steps.watched(kind)):
             raise ValueError(
                 f"weight_decay cannot be annealed: {type(optimizer).__name__} holds none of the adapter's parameters but "
                 "flat shards (DeepSpeed, FSDP1); set weight_decay=None in the adapter's config, or use DDP or FSDP2"
@@ -87,7 +84,7 @@ def _set(optimizer: Optimizer, group: dict[str, Any], decays: set[Decay]) -> Non
             "weight_decay=None in the adapter's config"
         )
     (decay,) = decays
-    trainer = _trainer_of(optimizer)
+    trainer = steps.trainer_of(optimizer)
     step = group.get(STEP, 0) if trainer is None else trainer.state.global_step
     total = decay.total or (trainer and trainer.state.max_steps)
     own, name = group["weight_decay"], type(optimizer).__name__
@@ -105,16 +102,3 @@ def _set(optimizer: Optimizer, group: dict[str, Any], decays: set[Decay]) -> Non
     group["weight_decay"] = annealed(decay, step, total)
     if trainer is None:
         group[STEP] = step + 1
-
-
-def _trainer_of(optimizer: Optimizer) -> Any:
-    """The Trainer among the callers whose optimizer this is, or None."""
-    cls = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
-    found = _trainers.get(optimizer, lambda: None)()
-    frame: Any = None if found is not None else sys._getframe(1)
-    while frame is not None and found is None:
-        owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
-        if isinstance(owner, cls) and getattr(owner.optimizer, "optimizer", owner.optimizer) is optimizer:
-            found, _trainers[optimizer] = owner, weakref.ref(owner)
-        frame = frame.f_back
-    return found

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hfgen.kit import checks
 from hfgen.kit.lowrank import LowRankConfig, LowRankLayer, LowRankTuner
-from hfgen_plugins.adapters.soma.decay import Decay, watch
+from hfgen.kit.steps import Stepwise
+from hfgen_plugins.adapters.soma.decay import Decay, anneal
 
 logger = logging.getLogger("hfgen")
 
@@ -38,15 +40,15 @@ def minor_components(weight: Tensor, r: int, scaling: float = 1.0) -> tuple[Tens
     return left, torch.where(null, 1, root)[:, None] * sign.T * vt, int(null.sum())
 
 
-class SomaLinear(LowRankLayer):
+class SomaLinear(Stepwise, LowRankLayer):
     """One adapted layer; trains `soma_A` (r, n) and `soma_B` (m, r)."""
 
     prefix = "soma"
 
     def setup(self) -> None:
         super().setup()
-        self.other_param_names = (*self.other_param_names, "_decay")
-        self._decay: dict[str, Decay] = {}
+        self.other_param_names = (*self.other_param_names, "_driven", "_first")
+        self.prepare_steps()
 
     def factorise(self, config: SomaConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
         left, right, null = minor_components(weight, config.r, config.scaling)
@@ -58,17 +60,16 @@ class SomaLinear(LowRankLayer):
     def build(self, adapter_name: str, config: SomaConfig, weight: Tensor) -> None:
         super().build(adapter_name, config, weight)
         if config.weight_decay is not None:
-            self._decay[adapter_name] = Decay(config.weight_decay, config.weight_decay_end, config.total_steps)
-            watch(self)
+            self.drive(adapter_name, Decay(config.weight_decay, config.weight_decay_end, config.total_steps))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self._decay:  # a copy is another layer
-            watch(self)
+    @classmethod
+    def on_step(cls, event: str, layers: list[Any], optimizer: Optimizer) -> None:
+        if event == "before":
+            anneal(layers, optimizer)  # all at once: adapters may share a group
 
     def decayed_parameters(self) -> Iterator[tuple[nn.Parameter, Decay]]:
         """The trained factors of every adapter with a schedule."""
-        for adapter_name, decay in self._decay.items():
+        for adapter_name, decay in self._driven.items():
             yield self.soma_A[adapter_name], decay
             yield self.soma_B[adapter_name], decay
 

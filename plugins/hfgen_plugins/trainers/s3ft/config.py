@@ -18,7 +18,7 @@ class S3FTConfig(SFTConfig):
         ValueError: a field is out of range, or a setting of SFTConfig contradicts the method.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "judge_args", "paraphraser_args"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "judge_args", "paraphraser_args", "s3ft_vllm_args"]
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Total number of training epochs to perform."})
@@ -27,7 +27,9 @@ class S3FTConfig(SFTConfig):
     )
     judge: str | None = field(
         default=None,
-        metadata={"help": "Installed judge of answers (`hfgen ls`): exact, numeric, ... The trainer's judge= wins."},
+        metadata={
+            "help": "Installed judge of answers (`hfgen ls`): exact, numeric, f1, llm, code. The trainer's judge= wins."
+        },
     )
     judge_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the named judge, as JSON, e.g. '{\"tolerance\": 0.01}'."}
@@ -59,6 +61,33 @@ class S3FTConfig(SFTConfig):
         default=1, metadata={"help": "Rewritings tried per row; the first is greedy, later ones are sampled."}
     )
     s3ft_seed: int = field(default=0, metadata={"help": "Seed of sampled candidates; greedy answers do not use it."})
+    s3ft_vllm: bool = field(
+        default=False,
+        metadata={"help": "Generate the answers with vLLM, which must be installed; in one process, without adapters."},
+    )
+    s3ft_vllm_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Options of vllm.LLM, as JSON, e.g. \'{"gpu_memory_utilization": 0.4, "max_model_len": 2048}\'.'
+        },
+    )
+    no_paraphrase: bool = field(
+        default=False,
+        metadata={"help": "Ablation: gold at once where the model's own answer is wrong, whatever the paraphraser."},
+    )
+    drop_failures: bool = field(
+        default=False,
+        metadata={
+            "help": "Ablation: rows without a right answer are left out instead of trained on gold. With no_paraphrase "
+            "this is rejection-sampling fine-tuning (RFT, STaR)."
+        },
+    )
+    string_judge: bool = field(
+        default=False,
+        metadata={
+            "help": "Ablation: right is what equals the gold answer as a string (white space aside), whatever the judge."
+        },
+    )
     s3ft_cache_dir: str | None = field(
         default=None,
         metadata={
@@ -72,6 +101,12 @@ class S3FTConfig(SFTConfig):
             checks.integer("S3FTConfig", name, getattr(self, name), low=1)
         checks.integer("S3FTConfig", "s3ft_seed", self.s3ft_seed, low=0)
         checks.number("S3FTConfig", "judge_threshold", self.judge_threshold)
+        for name in ("s3ft_vllm", "no_paraphrase", "drop_failures", "string_judge"):
+            checks.boolean("S3FTConfig", name, getattr(self, name))
+        if self.no_paraphrase and self.paraphrase_attempts > 1:
+            raise ValueError(
+                f"S3FTConfig.paraphrase_attempts is {self.paraphrase_attempts} and no_paraphrase is true; leave out one"
+            )
         for name in ("judge", "paraphraser"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(
@@ -89,6 +124,8 @@ class S3FTConfig(SFTConfig):
                 "S3FTConfig.dataset_kwargs has skip_prepare_dataset; S3FT makes text that must be tokenised"
             )
         super().__post_init__()
-        for name in ("judge_args", "paraphraser_args"):
+        if self.s3ft_vllm_args is not None and not self.s3ft_vllm:
+            raise ValueError(f"S3FTConfig.s3ft_vllm_args is {self.s3ft_vllm_args!r}, but s3ft_vllm is false; set it")
+        for name in ("judge_args", "paraphraser_args", "s3ft_vllm_args"):
             if not isinstance(getattr(self, name), dict | None):
                 raise TypeError(f"S3FTConfig.{name} is {getattr(self, name)!r}; give options as a JSON object")

@@ -4,8 +4,9 @@
     ytil = M0(PARAPHRASE(x, gold))   right, says the judge?  -> target ytil, source "paraphrase"
     otherwise                                                -> target gold, source "gold"
 
-M0 is the model before any step. Every row keeps its place: |D'| = |D|. Rows are worked through in fixed blocks of
-`s3ft_batch_size`, so padding, and with it every rounding, is the same for any number of processes and after a kill.
+M0 is the model before any step. Every row keeps its place: |D'| = |D| (but for the ablation `drop_failures`). Rows are
+worked through in fixed blocks of `s3ft_batch_size`, so padding, and with it every rounding, is the same for any number
+of processes and after a kill.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +33,14 @@ from transformers.utils import logging
 from hfgen.kit import generation, judging
 
 from .config import S3FTConfig
+from .vllm import Engine
+from .vllm import module as engine_module
 
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("prompt", "completion", "source", "judge_score", "gold", "sample_id", "logp_gold", "logp_target")
+# Where a target comes from in more detail; data that an older version built lack these.
+PROVENANCE = {"judge": "string", "attempts": "int64", "own_answer": "string", "own_score": "float64"}
 _FORMAT = 1  # of the files in the cache folder
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # trl renders a row's chat with these
 
@@ -68,20 +73,21 @@ def build_s3ft_dataset(
         A Dataset of the same length and order with the columns prompt, completion, source ("self", "paraphrase",
         "gold"), judge_score (of the target; null for gold), gold (text of the gold completion), sample_id, logp_gold
         and logp_target: log p(completion | prompt) under M0, end-of-sequence token included, summed over tokens (nats);
-        their means over rows are the diagnostic of the paper's Table 1. Also tools and chat_template_kwargs, if given.
+        their means over rows are the diagnostic of the paper's Table 1. Also judge (the qualified name of what judged),
+        attempts (answers and rewritings made for the row), own_answer (M0's first own answer, kept where it was not
+        chosen too) and own_score (its verdict; null if it was empty or did not end, which no judge sees): null in rows
+        that an older version built. Also tools and chat_template_kwargs, if given.
 
     Raises:
         TypeError: the dataset, a row, the judge's verdict or a paraphrase has the wrong type.
-        ValueError: empty data, a missing judge or column, a judge that raised (the row is named), repeated ids, or a
-            cache folder that holds another run's data.
+        ValueError: empty data, a missing judge or column, a judge that raised (the row is named), repeated ids, a
+            cache folder that holds another run's data, `drop_failures` that leaves no row, or `s3ft_vllm` without vLLM.
     """
     args = args if args is not None else S3FTConfig()
-    judge_args, paraphraser_args = cast("list[dict[str, Any] | None]", [args.judge_args, args.paraphraser_args])
     builder = _Builder(
         model,
         processing_class if processing_class is not None else load_tokenizer(model),
-        judging.resolve_judge(args.judge if judge is None else judge, judge_args),
-        judging.resolve_paraphraser(args.paraphraser if paraphraser is None else paraphraser, paraphraser_args),
+        *_helpers(judge, paraphraser, args),
         args,
     )
     rows = read_rows(dataset)
@@ -92,12 +98,32 @@ def build_s3ft_dataset(
     mine = todo[PartialState().process_index :: PartialState().num_processes]
     if mine:
         with generation.frozen(model) as base:
+            if args.s3ft_vllm:
+                builder = replace(
+                    builder, engine=Engine(base, builder.tokenizer, cast(dict[str, Any], args.s3ft_vllm_args or {}))
+                )
             for b in tqdm(mine, "S3FT data", disable=args.disable_tqdm or not PartialState().is_main_process):
                 cache.append(b, builder.block(base, blocks[b]))
     records = cache.close(map(len, blocks))
     counts = Counter(r["source"] for r in records)
     logger.info("S3FT targets: %s", ", ".join(f"{counts[s]} {s}" for s in ("self", "paraphrase", "gold")))
-    return _assemble(rows, records)
+    kept = [(r, c) for r, c in zip(rows, records, strict=True) if not (args.drop_failures and c["source"] == "gold")]
+    if not kept:
+        raise ValueError(
+            f"drop_failures is true and the judge found no right answer in {len(rows)} rows, so none is left; check the "
+            "judge, or leave drop_failures out"
+        )
+    return _assemble([r for r, _ in kept], [c for _, c in kept], judging.name(builder.judge))
+
+
+def _helpers(judge: Any, paraphraser: Any, args: S3FTConfig) -> tuple[judging.Judge, judging.Paraphraser | None]:
+    """The judge and the paraphraser that `args` and its ablations leave."""
+    judge_args, paraphraser_args = cast("list[dict[str, Any] | None]", [args.judge_args, args.paraphraser_args])
+    found = judging.resolve_judge(args.judge if judge is None else judge, judge_args)
+    rewriter = judging.resolve_paraphraser(args.paraphraser if paraphraser is None else paraphraser, paraphraser_args)
+    if args.string_judge:
+        found = judging.resolve_judge("exact", {"ignore_case": False})
+    return found, None if args.no_paraphrase else rewriter
 
 
 def load_tokenizer(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
@@ -221,6 +247,7 @@ class _Builder:
     judge: judging.Judge
     paraphraser: judging.Paraphraser | None
     args: S3FTConfig
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
@@ -250,7 +277,9 @@ class _Builder:
         args, tokenizer = self.args, self.tokenizer
         generation.check_adapters(self.model)
         vocabulary = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.special_tokens_map]
-        return {
+        # what was not there in older versions is named only where it is used, so that their data stay valid
+        vllm = {"vllm": [engine_module().__version__, args.s3ft_vllm_args]} if args.s3ft_vllm else {}
+        return vllm | {
             "format": _FORMAT,
             "model": generation.fingerprint(self.model),
             "tokenizer": _digest(vocabulary),
@@ -270,23 +299,30 @@ class _Builder:
     def block(self, base: PreTrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Records of one block, in its order: the three sources in turn, then the log-probabilities."""
         chosen: dict[Any, tuple[str, str, float]] = {}
+        told: dict[Any, dict[str, Any]] = {r.id: {"attempts": 0} for r in rows}
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         with torch.autocast(base.device.type, dtype=half) if half is not None else nullcontext():
             for attempt in range(self.args.num_candidates):
-                self.attempt(base, rows, chosen, "self", attempt)
+                self.attempt(base, rows, chosen, told, "self", attempt)
             for attempt in range(self.args.paraphrase_attempts if self.paraphraser is not None else 0):
-                self.attempt(base, rows, chosen, "paraphrase", attempt)
+                self.attempt(base, rows, chosen, told, "paraphrase", attempt)
             targets = [chosen.get(r.id, ("gold", r.gold, None)) for r in rows]
             logps = self.logps(base, rows, targets)
         return [
-            {"source": source, "text": text, "score": score, "logp_gold": gold, "logp_target": target}
-            for (source, text, score), (gold, target) in zip(targets, logps, strict=True)
+            {"source": source, "text": text, "score": score, "logp_gold": gold, "logp_target": target, **told[r.id]}
+            for r, (source, text, score), (gold, target) in zip(rows, targets, logps, strict=True)
         ]
 
     def attempt(
-        self, base: PreTrainedModel, rows: Sequence[Row], chosen: dict[Any, Any], source: str, attempt: int
+        self,
+        base: PreTrainedModel,
+        rows: Sequence[Row],
+        chosen: dict[Any, Any],
+        told: dict[Any, dict[str, Any]],
+        source: str,
+        attempt: int,
     ) -> None:
-        """One answer for every row that has no target yet; those the judge accepts become targets."""
+        """One answer for every row that has no target yet; those the judge accepts become targets. `told` gets origins."""
         pending = [r for r in rows if r.id not in chosen]
         if not pending:
             return
@@ -299,19 +335,25 @@ class _Builder:
             if source == "paraphrase" and rewriter is not None:
                 prompts = [self.rewritten(r, rewriter.prompt, {}, type(r.prompt)) for r in pending]
             seeds = [int(_digest([self.args.s3ft_seed, r.id, source, attempt])[:15], 16) for r in pending]
-            answers = generation.generate(
-                base,
-                self.tokenizer,
-                [encode_prompt(self.tokenizer, r, p) for r, p in zip(pending, prompts, strict=True)],
-                max_new_tokens=self.args.s3ft_max_new_tokens,
-                eos_ids=self.eos_ids,
-                seeds=seeds if attempt else None,
-            )
+            encoded = [encode_prompt(self.tokenizer, r, p) for r, p in zip(pending, prompts, strict=True)]
+            options: dict[str, Any] = {"max_new_tokens": self.args.s3ft_max_new_tokens, "eos_ids": self.eos_ids}
+            options["seeds"] = seeds if attempt else None
+            if self.engine is not None:
+                answers = self.engine.generate(encoded, **options)
+            else:
+                answers = generation.generate(base, self.tokenizer, encoded, **options)
+        # cut off or empty is wrong even if the number matches
+        whole = [(r, a.text) for r, a in zip(pending, answers, strict=True) if a.finished and a.text.strip()]
+        scores = judging.scores(self.judge, [(r.prompt, text, r.reference, r.columns, r.id) for r, text in whole])
         for row, answer in zip(pending, answers, strict=True):
-            if answer.finished and answer.text.strip():  # cut off or empty is wrong even if the number matches
-                score = judging.score(self.judge, row.prompt, answer.text, row.reference, row.columns, row.id)
-                if score >= self.args.judge_threshold:
-                    chosen[row.id] = (source, answer.text, score)
+            told[row.id]["attempts"] += 1
+            if source == "self" and attempt == 0:
+                told[row.id] |= {"own_answer": answer.text, "own_score": None}
+        for (row, text), score in zip(whole, scores, strict=True):
+            if source == "self" and attempt == 0:
+                told[row.id]["own_score"] = score
+            if score >= self.args.judge_threshold:
+                chosen[row.id] = (source, text, score)
 
     def rewritten(self, row: Row, paraphraser: Any, columns: dict[str, Any], form: type) -> Any:
         """What the paraphraser makes of a row: text, or a prompt in the form of the row's own."""
@@ -343,7 +385,7 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _assemble(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Dataset:
+def _assemble(rows: Sequence[Row], records: Sequence[dict[str, Any]], judge: str) -> Dataset:
     data = {
         "prompt": [r.prompt for r in rows],
         "completion": [
@@ -356,11 +398,15 @@ def _assemble(rows: Sequence[Row], records: Sequence[dict[str, Any]]) -> Dataset
         "sample_id": [r.id for r in rows],
         "logp_gold": [c["logp_gold"] for c in records],
         "logp_target": [c["logp_target"] for c in records],
+        "judge": [judge] * len(rows),
+        **{name: [c.get(name) for c in records] for name in PROVENANCE if name != "judge"},
     }
     for name in _TEMPLATE_COLUMNS:
         if name in rows[0].columns:
             data[name] = [r.columns[name] for r in rows]
-    return Dataset.from_dict(data).cast_column("judge_score", Value("float64"))
+    built = Dataset.from_dict(data)
+    kinds = {"judge_score": "float64", **PROVENANCE}  # a column of nulls has no type of its own
+    return built.cast(Features({**built.features, **{name: Value(kind) for name, kind in kinds.items()}}))
 
 
 # --- the cache folder: manifest.json, and one JSON line per finished block in part-<process>.jsonl -----------------
@@ -411,7 +457,7 @@ class _Cache:
             raise ValueError(
                 f"{manifest} has not format {_FORMAT}; another version wrote it, give another s3ft_cache_dir"
             )
-        keys = [k for k in self.header if found.get(k) != self.header[k]]
+        keys = [k for k in {**self.header, **found} if found.get(k) != self.header.get(k)]
         if keys:
             raise ValueError(
                 f"{self.folder} holds S3FT data of another run, which differs in {', '.join(keys)}; give another "

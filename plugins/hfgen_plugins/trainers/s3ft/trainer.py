@@ -26,7 +26,8 @@ class S3FTTrainer(SFTTrainer):
     The data are built once, before any adapter is put on, and kept in `args.s3ft_cache_dir`: a run that resumes reads
     them. They stay on the trainer as `s3ft_dataset`. The loss is SFTTrainer's own; packing works as it does there.
     Logs `s3ft/frac_self`, `s3ft/frac_paraphrase`, `s3ft/frac_gold` and `s3ft/logp_gain` (mean over rows of
-    log p(target) - log p(gold) under the initial model, nats per sequence) once, when training starts.
+    log p(target) - log p(gold) under the initial model, nats per sequence) once, when training starts; with the ablation
+    `drop_failures` also `s3ft/frac_dropped`, the share of given rows that are left out.
 
     Args:
         model: A path or hub id, a model, or a PeftModel (its adapters are disabled while the data are built).
@@ -74,7 +75,7 @@ class S3FTTrainer(SFTTrainer):
             # the model is made, so neither goes to SFTTrainer, which would warn that it is ignored
             args.model_init_kwargs = quantization_config = None
         tokenizer = processing_class if processing_class is not None else load_tokenizer(model)
-        self.s3ft_dataset = train_dataset
+        self.s3ft_dataset, self.rows_given = train_dataset, len(train_dataset)
         if not built:
             _set_tokens(tokenizer, args)
             if not hasattr(model, "hf_device_map") and not getattr(model, "is_quantized", False):
@@ -104,7 +105,10 @@ class _LogSources(TrainerCallback):
 
     def on_train_begin(self, args: S3FTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.trainer.log(source_metrics(self.trainer.s3ft_dataset))
+            metrics, kept = source_metrics(self.trainer.s3ft_dataset), len(self.trainer.s3ft_dataset)
+            if args.drop_failures:
+                metrics["s3ft/frac_dropped"] = 1 - kept / self.trainer.rows_given
+            self.trainer.log(metrics)
 
 
 def source_metrics(dataset: Dataset) -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -49,8 +49,15 @@ class BenchArguments:
     tokens: int = field(default=512, metadata={"help": "Tokens of the batch (one row)."})
 
 
-def make_model(args: BenchArguments, method: str | None, r: int, targets: Any) -> Any:
-    """The same random Llama for every method, on `args.device`, with the method's adapter (None: without)."""
+def adapter_config(method: str, r: int, targets: Any) -> PeftConfig:
+    """The config of a method; LoRA's rank is 8 whatever `r` says."""
+    options = {"r": 8 if method == "lora" else r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    kinds = {"lora": partial(LoraConfig, lora_alpha=16), "svfit": SVFitConfig, "loldu": LoLDUConfig}
+    return kinds[method](**options)
+
+
+def make_model(args: BenchArguments, adapter: PeftConfig | None) -> Any:
+    """The same random Llama for every method, on `args.device`, with the adapter (None: without)."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden,
@@ -61,22 +68,18 @@ def make_model(args: BenchArguments, method: str | None, r: int, targets: Any) -
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    if method is None:
-        return model.to(args.device)
-    options = {"r": 8 if method == "lora" else r, "target_modules": targets, "task_type": "CAUSAL_LM"}
-    kinds = {"lora": partial(LoraConfig, lora_alpha=16), "svfit": SVFitConfig, "loldu": LoLDUConfig}
-    return get_peft_model(model, kinds[method](**options)).to(args.device)
+    return (model if adapter is None else get_peft_model(model, adapter)).to(args.device)
 
 
 class Arm:
     """One model with its optimizer and batch."""
 
-    def __init__(self, args: BenchArguments, method: str | None, r: int, targets: Any) -> None:
+    def __init__(self, args: BenchArguments, adapter: PeftConfig | None = None) -> None:
         self.device = args.device
-        self.model = make_model(args, method, r, targets).train()
+        self.model = make_model(args, adapter).train()
         self.ids = torch.randint(1024, (1, args.tokens), generator=torch.Generator().manual_seed(1)).to(args.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer: Any = torch.optim.AdamW(trained, lr=1e-3) if method else None
+        self.optimizer: Any = torch.optim.AdamW(trained, lr=1e-3) if adapter else None
 
     def loss(self) -> Tensor:
         return self.model(input_ids=self.ids, labels=self.ids).loss
@@ -184,7 +187,7 @@ def flops(work: Callable[[], Any]) -> int:
 def bench_setting(args: BenchArguments, rank: str, place: str) -> dict[str, Any]:
     """One setting: every method's step, memory and FLOPs against LoRA r=8 on the same targets."""
     r = args.hidden if rank == "full" else int(rank)
-    arms = {method: Arm(args, method, r, TARGETS[place]) for method in METHODS}
+    arms = {method: Arm(args, adapter_config(method, r, TARGETS[place])) for method in METHODS}
     times = interleaved({name: partial(arm.seconds, arm.step) for name, arm in arms.items()}, args.rounds)
     rows = {
         name: {
@@ -205,10 +208,10 @@ def bench_setting(args: BenchArguments, rank: str, place: str) -> dict[str, Any]
 
 def bench_merged(args: BenchArguments) -> dict[str, Any]:
     """Forward of the merged model (all linears, r=8) against the base model's: still wrapped, and unloaded."""
-    base = Arm(args, None, 0, None)
+    base = Arm(args)
     work = {"base": partial(base.seconds, base.forward)}
     for method in METHODS:
-        wrapped, unloaded = (Arm(args, method, 8, TARGETS["all linears"]) for _ in range(2))
+        wrapped, unloaded = (Arm(args, adapter_config(method, 8, TARGETS["all linears"])) for _ in range(2))
         wrapped.model.merge_adapter()
         unloaded.model = unloaded.model.merge_and_unload()
         for name, arm in ((f"{method} merge_adapter", wrapped), (f"{method} merge_and_unload", unloaded)):

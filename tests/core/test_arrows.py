@@ -123,7 +123,10 @@ def test_no_family_is_empty():
     )
 
 
-@pytest.mark.parametrize(("method", "most"), [("svfit", 150), ("loldu", 150), ("soma", 200), ("sara", 200)])
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [("svfit", 150), ("loldu", 150), ("soma", 200), ("sara", 200), ("increlora", 200), ("intrinsic", 200)],
+)
 def test_an_adapter_is_few_lines_of_code(method, most):
     total = 0
     for path in (ROOT / "plugins" / "hfgen_plugins" / "adapters" / method).glob("*.py"):

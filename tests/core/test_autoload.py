@@ -164,7 +164,10 @@ else: raise AssertionError('no KeyError')
 def test_every_import_order(order, run_python):
     done = run_python(ORDERS[order] + AFTER)
     if order == "hook late":
-        assert "registered adapters with an already imported host: loldu, sara, soma, svfit" in done.stderr
+        assert (
+            "registered adapters with an already imported host: increlora, intrinsic, loldu, sara, soma, svfit"
+            in done.stderr
+        )
 
 
 SNAPSHOT = """

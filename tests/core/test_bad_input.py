@@ -1,8 +1,9 @@
 """Bad input: random options of everything that takes options, and hostile files in the folders people are sent.
 
-Of SVFit, LoLDU and S3FT random configs are tested with the methods (tests/methods); here the other kinds.
+Random options of S3FT are tested with the method (tests/methods).
 """
 
+import dataclasses
 import json
 import math
 import pickle
@@ -20,15 +21,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SVFitConfig
+from hfgen.adapters import IncreLoraConfig, IntrinsicConfig, LoLDUConfig, SaraConfig, SomaConfig, SVFitConfig
 from hfgen.callbacks import HyperfitCallback
 from hfgen.quantizers import EasyQuantConfig
 
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 9), st.floats(allow_nan=True), st.text(max_size=4), st.just(math.inf),
     st.lists(st.integers(-1, 1), max_size=2), st.lists(st.text(max_size=3), max_size=2), st.binary(max_size=3),
-    st.dictionaries(st.text(max_size=2), st.none(), max_size=1), st.sampled_from(["grid", "adam", "easyquant", "lm_head"]),
+    st.dictionaries(st.text(max_size=2), st.none(), max_size=1), st.sampled_from(
+        ["grid", "adam", "easyquant", "lm_head", "lu", "exact", "lowrank", "auto", "all", "none", "all-tensors", "did", "said", "dense",
+         "constant", "per_tensor", "CAUSAL_LM", 0.5, 64]
+    ),
 )  # fmt: skip
+ADAPTERS = (SVFitConfig, LoLDUConfig, SomaConfig, SaraConfig, IncreLoraConfig, IntrinsicConfig)
 ROWS = [[1, 2, 3, 4]] * 3
 CONFIGS = {
     EasyQuantConfig: (
@@ -39,6 +44,9 @@ CONFIGS = {
         ["stop_loss", "held_out", "every", "sequences", "length", "context", "new_tokens", "window", "batch_size", "trainer"],
         {"held_out": ROWS, "sequences": 2, "length": 3, "context": 2},
     ),
+    **{
+        cls: ([*(f.name for f in dataclasses.fields(cls) if f.init), "no_such"], {"target_modules": ["lin"]}) for cls in ADAPTERS
+    },
 }  # fmt: skip
 
 

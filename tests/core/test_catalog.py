@@ -32,7 +32,14 @@ def status(name):
 def test_first_party_cards():
     names = {(c.kind, c.name) for c in catalog.list_cards()}
     assert {("adapters", "svfit"), ("adapters", "loldu"), ("trainers", "s3ft"), ("judges", "exact")} <= names
-    assert [c.name for c in catalog.list_cards("adapters")] == ["loldu", "sara", "soma", "svfit"]
+    assert [c.name for c in catalog.list_cards("adapters")] == [
+        "increlora",
+        "intrinsic",
+        "loldu",
+        "sara",
+        "soma",
+        "svfit",
+    ]
     assert catalog.get_card("svfit").paper == Paper(
         "SVFit: Parameter-Efficient Fine-Tuning of Large Pre-Trained Models Using Singular Values",
         "arXiv:2409.05926",

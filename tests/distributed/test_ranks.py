@@ -18,14 +18,14 @@ from tests.distributed import worker
 from tests.distributed.compare import apart, change, facts, once, tensors
 
 QUANTISED = ("easyquant_lora", "easyquant_svfit")
-METHODS = ("svfit", "loldu", "soma", "s3ft", "hyperfit", *QUANTISED)
+METHODS = ("svfit", "loldu", "soma", "intrinsic", "intrinsic_said", "s3ft", "hyperfit", *QUANTISED)
 WHOLE = ("increlora", "sara")  # refuse FSDP: shapes and masks change while they train
 TRAINED = [(mode, m) for mode in ("ddp", "fsdp2") for m in METHODS] + [("fsdp2", "loldu_scale")]
 TRAINED += [("ddp", m) for m in WHOLE]
 RUNS = pytest.mark.parametrize(("mode", "method"), TRAINED)
 # hyperfit trains all weights, and the fused head of trl's SFTTrainer sums the head's gradient in float32 whatever the
 # model's dtype: with it two cuts of a float64 batch agree to 1.4e-7 there. So it is taken with Trainer here.
-SUMMED = ("svfit", "loldu", "soma", "s3ft", "hyperfit_trainer")
+SUMMED = ("svfit", "loldu", "soma", "intrinsic", "s3ft", "hyperfit_trainer")
 CUTS = {"one": ("8x1", "4x2", "2x4"), "ddp": ("4x1", "2x2"), "fsdp2": ("4x1", "2x2")}
 
 
@@ -39,10 +39,10 @@ def launched(folder, tasks):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     tasks = [f"{mode}/train/{m}" for mode, m in TRAINED]
-    tasks += [f"ddp/broadcast/{m}" for m in ("svfit", "easyquant_lora", "easyquant_svfit")]
+    tasks += [f"ddp/broadcast/{m}" for m in ("svfit", "intrinsic", "easyquant_lora", "easyquant_svfit")]
     tasks += ["ddp/indices/svfit", "fsdp2/indices/svfit"]
     tasks += ["ddp/stop/hyperfit", "fsdp2/stop/hyperfit", "fsdp2/ram_efficient/svfit"]
-    tasks += [f"fsdp2/half/{m}" for m in ("svfit", "svfit_decay", "loldu_scale")]
+    tasks += [f"fsdp2/half/{m}" for m in ("svfit", "svfit_decay", "loldu_scale", "intrinsic")]
     return once(tmp_path_factory, "ranks", lambda folder: launched(folder, tasks))
 
 
@@ -106,7 +106,7 @@ def test_what_was_saved_reloads_in_one_process(ranks, mode, method):
     assert torch.allclose(logits.double(), tensors(ranks, f"{mode}/train/{method}")["logits"], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["svfit", "easyquant_lora", "easyquant_svfit"])
+@pytest.mark.parametrize("method", ["svfit", "intrinsic", "easyquant_lora", "easyquant_svfit"])
 def test_frozen_tensors_are_not_sent_at_every_forward(ranks, method):
     """What is left to DDP's broadcast is the model's own: two vectors of rotary frequencies."""
     assert facts(ranks, f"ddp/broadcast/{method}")["bytes"] < 1000
@@ -131,8 +131,9 @@ def test_bfloat16(ranks):
 
     With decay_to_init the parameter is z - z0, and the losses are those of a float32 run to bfloat16's precision.
     """
-    found, expected = (facts(ranks, f"fsdp2/{task}") for task in ("half/svfit_decay", "train/svfit"))
-    assert found["said"] == "nothing" and found["losses"] == pytest.approx(expected["losses"], abs=0.03)
+    for half, whole in (("svfit_decay", "svfit"), ("intrinsic", "intrinsic")):
+        found, expected = facts(ranks, f"fsdp2/half/{half}"), facts(ranks, f"fsdp2/train/{whole}")
+        assert found["said"] == "nothing" and found["losses"] == pytest.approx(expected["losses"], abs=0.03)
     for method in ("svfit", "loldu_scale"):
         words = facts(ranks, f"fsdp2/half/{method}")["said"]
         assert "arrives in torch.bfloat16 and its reference in torch.float32" in words and "decay_to_init=True" in words

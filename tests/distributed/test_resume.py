@@ -11,7 +11,7 @@ from tests.distributed import worker
 from tests.distributed.compare import differing, facts, once
 
 FAST = ("svfit", "hyperfit", "s3ft")
-REST = ("loldu", "soma", "increlora", "sara", "easyquant_lora", "easyquant_svfit")
+REST = ("loldu", "soma", "increlora", "sara", "intrinsic", "easyquant_lora", "easyquant_svfit")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 

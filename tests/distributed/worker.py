@@ -26,7 +26,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from trl import SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import IncreLoraConfig, LoLDUConfig, SaraConfig, SomaConfig, SVFitConfig
+from hfgen.adapters import IncreLoraConfig, IntrinsicConfig, LoLDUConfig, SaraConfig, SomaConfig, SVFitConfig
 from hfgen.callbacks import HyperfitCallback, hyperfit_args
 from hfgen.kit.monitor import Event, SampleTracker, gradient_norm
 from hfgen.quantizers import EasyQuantConfig
@@ -57,6 +57,8 @@ ADAPTERS = {
     "sara": lambda: SaraConfig(
         density=0.1, nuclear_weight=1e-4, nuclear_min_dim=16, progressive_at=5, reset_state_on_progress=True, **TARGETS
     ),
+    "intrinsic": lambda: IntrinsicConfig(d=256, **TARGETS),
+    "intrinsic_said": lambda: IntrinsicConfig(d=256, mode="said", projection_scope="per_tensor", **TARGETS),
     "s3ft": lambda: LoraConfig(r=8, lora_alpha=16, **TARGETS),
     "sft": lambda: None,
     "hyperfit": lambda: None,

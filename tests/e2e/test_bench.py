@@ -72,8 +72,8 @@ def test_report_has_the_shape_of_the_kept_one(adapters, tmp_path, capsys):
 @pytest.mark.parametrize("place", ["q,v", "all linears"])
 def test_extra_flops_are_2_t_r_m_plus_n_per_linear(adapters, method, r, place):
     args = adapters.BenchArguments(hidden=32, tokens=16, layers=2)
-    base = adapters.Arm(args, None, 0, None)
-    arm = adapters.Arm(args, method, r, adapters.TARGETS[place])
+    base = adapters.Arm(args)
+    arm = adapters.Arm(args, adapters.adapter_config(method, r, adapters.TARGETS[place]))
     names = {"q_proj", "v_proj"} if place == "q,v" else linears(base.model)
     shapes = [m.weight.shape for n, m in base.model.named_modules() if n.rpartition(".")[2] in names]
     assert len(shapes) == {"q,v": 4, "all linears": 14}[place]
@@ -87,7 +87,7 @@ def linears(model):
 
 def test_flops_of_a_step_count_attention(adapters):
     args = adapters.BenchArguments(hidden=32, tokens=16, layers=1)
-    arm = adapters.Arm(args, None, 0, None)
+    arm = adapters.Arm(args)
     linears = sum(2 * 16 * m.weight.numel() for m in arm.model.modules() if isinstance(m, nn.Linear))
     assert adapters.flops(arm.forward) - linears == 4 * 16 * 16 * 32  # q k^T and p v
 

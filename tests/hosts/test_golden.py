@@ -15,7 +15,15 @@ FOLDERS = sorted(p for p in GOLDEN.iterdir() if (p / "golden.json").exists())
 
 
 def test_every_format_has_one():
-    assert {p.name for p in FOLDERS} >= {"svfit-1", "loldu-1", "soma-1", "sara-1", "easyquant-1"}
+    assert {p.name for p in FOLDERS} >= {
+        "svfit-1",
+        "loldu-1",
+        "soma-1",
+        "sara-1",
+        "increlora-1",
+        "intrinsic-1",
+        "easyquant-1",
+    }
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)

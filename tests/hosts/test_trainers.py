@@ -8,10 +8,14 @@ from transformers import BitsAndBytesConfig, LlamaForSequenceClassification, Tra
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig, SomaConfig, SVFitConfig
+from hfgen.adapters import IncreLoraConfig, IntrinsicConfig, LoLDUConfig, SaraConfig, SomaConfig, SVFitConfig
 from hfgen.quantizers import EasyQuantConfig
 
-BOTH = pytest.mark.parametrize("config_cls", [SVFitConfig, LoLDUConfig, SomaConfig])
+SIZES = {
+    SVFitConfig: {"r": 4}, LoLDUConfig: {"r": 4}, SomaConfig: {"r": 4}, SaraConfig: {"density": 0.1},
+    IncreLoraConfig: {"target_r": 2}, IntrinsicConfig: {"d": 20},
+}  # fmt: skip
+EACH = pytest.mark.parametrize("config_cls", SIZES)
 COMMON = {
     "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True, "bf16": False,
     "gradient_checkpointing": False, "report_to": "none", "logging_steps": 1, "disable_tqdm": True,
@@ -35,12 +39,12 @@ def trainer_of(kind, config, folder, **changes):
     return RewardTrainer(model, args=RewardConfig(**arguments), train_dataset=data, **shared)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("kind", ["sft", "dpo", "reward"])
 def test_trl(config_cls, kind, tmp_path):
     task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
     heads = ["score"] if kind == "reward" else None
-    config = config_cls(r=4, target_modules=["q_proj", "v_proj"], task_type=task, modules_to_save=heads)
+    config = config_cls(target_modules=["q_proj", "v_proj"], task_type=task, modules_to_save=heads, **SIZES[config_cls])
     trainer = trainer_of(kind, config, tmp_path)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
@@ -67,7 +71,12 @@ class Stop(TrainerCallback):
 @pytest.mark.parametrize(
     ("config_cls", "options"),
     [(c, o) for c in (SVFitConfig, LoLDUConfig) for o in ({}, {"decay_to_init": True, "save_factors": True})]
-    + [(SomaConfig, {})],
+    + [
+        (SomaConfig, {}),
+        (SaraConfig, {"progressive_at": 2}),
+        (IncreLoraConfig, {"orth_reg": 0.3}),
+        (IntrinsicConfig, {}),
+    ],
 )
 def test_resume_is_bit_equal(config_cls, options, tmp_path):
     """Stopped after 2 of 4 steps and resumed in a new trainer: the same weights as the run that went through."""
@@ -76,7 +85,8 @@ def test_resume_is_bit_equal(config_cls, options, tmp_path):
 
     def build(folder):
         torch.manual_seed(0)
-        config = config_cls(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+        targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+        config = config_cls(**targets, **SIZES[config_cls], **options)
         args = TrainingArguments(str(folder), save_steps=1, weight_decay=0.1, **COMMON)
         return Trainer(get_peft_model(sandbox.load_model(), config), args, train_dataset=rows)
 
@@ -121,7 +131,7 @@ def test_resume_on_a_quantised_base_is_bit_equal(kind, tmp_path):
     assert all(torch.equal(p, ends[0][n]) for n, p in codes.items())
 
 
-@BOTH
+@EACH
 def test_diffusers_unet(config_cls, tmp_path):
     """add_adapter / disable / enable, and peft's own save and load (diffusers' loader takes LoRA only)."""
     diffusers = pytest.importorskip("diffusers")
@@ -141,17 +151,22 @@ def test_diffusers_unet(config_cls, tmp_path):
             return model(x, t, c).sample
 
     before = out(unet)
-    unet.add_adapter(config_cls(r=3, target_modules=targets, init_weights=False))
-    on = out(unet)
-    assert not torch.allclose(on, before, atol=1e-4)
-    unet.disable_adapters()
-    assert torch.equal(out(unet), before)
-    unet.enable_adapters()
-    assert torch.equal(out(unet), on)
+    options = {"target_modules": targets, "init_weights": False, **SIZES[config_cls]}
+    if config_cls is IntrinsicConfig:  # state of its own on the tuner, which a host without a tuner cannot hold
+        with pytest.raises(ValueError, match="get_peft_model"):
+            unet.add_adapter(config_cls(**options))
+    else:
+        unet.add_adapter(config_cls(**options))
+        on = out(unet)
+        assert not torch.allclose(on, before, atol=1e-4)
+        unet.disable_adapters()
+        assert torch.equal(out(unet), before)
+        unet.enable_adapters()
+        assert torch.equal(out(unet), on)
 
     fresh = diffusers.UNet2DConditionModel(**shape).eval()
     fresh.load_state_dict(plain)
-    wrapped = get_peft_model(fresh, config_cls(r=3, target_modules=targets, init_weights=False)).eval()
+    wrapped = get_peft_model(fresh, config_cls(**options)).eval()
     wrapped.save_pretrained(tmp_path)
     again = diffusers.UNet2DConditionModel(**shape).eval()
     again.load_state_dict(plain)

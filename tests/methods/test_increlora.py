@@ -28,7 +28,6 @@ from hfgen.adapters import IncreLoraConfig
 from hfgen.cli import export
 from hfgen.kit import growing, lowrank, steps
 from hfgen.testing.adapters import CHECKS, AdapterCase
-from tests.methods.test_adapters import JUNK
 
 TARGETS = ["a", "b", "c"]
 FIXED = {"init_warmup": 2, "incre_interval": 2, "top_h": 1}
@@ -816,7 +815,7 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=message) as e:
             adapted(**options)
-        assert "/main/" in traceback.extract_tb(e.tb)[-1].filename
+        assert "/hfgen" in traceback.extract_tb(e.tb)[-1].filename
     with pytest.raises(
         ValueError, match="target_total_rank is 2, but 3 modules start with init_r=1 each; give at least 3"
     ):
@@ -825,24 +824,6 @@ def test_bad_input():
     net.b.weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="the weight of b holds NaN or Inf"):
         adapted(net)
-
-
-FIELDS = ["init_r", "target_r", "target_total_rank", "incre_rank", "lora_alpha", "lora_dropout", "advance_learn", "scale",
-          "beta1", "beta2", "init_warmup", "incre_interval", "top_h", "orth_reg", "score_window", "warmup_steps", "seed",
-          "target_modules", "bias", "init_weights", "task_type", "hfgen", "no_such_field"]  # fmt: skip
-
-
-@given(options=st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=4))
-@settings(max_examples=200, deadline=None)
-def test_random_configs_work_or_are_refused_by_us(options):
-    try:
-        config = IncreLoraConfig(**{"target_modules": ["a"], **options})
-    except (ValueError, TypeError) as exc:
-        frame = traceback.extract_tb(exc.__traceback__)[-1].filename
-        assert "/hfgen/" in frame or "/hfgen_plugins/" in frame, (options, exc, frame)
-        assert str(exc)
-    else:
-        assert config.init_r >= 1 and set(options) <= set(config.__dataclass_fields__)
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

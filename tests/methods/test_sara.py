@@ -820,30 +820,6 @@ def test_bad_input():
         SaraAdamW([nn.Parameter(torch.ones(3))], threshold=1e-30)
 
 
-JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=True), st.text(max_size=4), st.just(math.inf),
-    st.lists(st.integers(-1, 1), max_size=2), st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
-    st.sampled_from(["all-tensors", "all", "none", "a", 0.5, 2, 64, "CAUSAL_LM"]),
-)  # fmt: skip
-FIELDS = ["threshold", "density", "nuclear_weight", "nuclear_min_dim", "progressive_at", "reset_state_on_progress", "seed",
-          "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "init_weights",
-          "inference_mode", "task_type", "hfgen", "no_such_field"]  # fmt: skip
-
-
-@given(options=st.dictionaries(st.sampled_from(FIELDS), JUNK, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
-def test_random_configs_work_or_are_refused_by_us(options):
-    try:
-        config = SaraConfig(**{"target_modules": ["a"], **options})
-    except (ValueError, TypeError) as exc:
-        frame = traceback.extract_tb(exc.__traceback__)[-1].filename
-        assert "/hfgen/" in frame or "/hfgen_plugins/" in frame, (options, exc, frame)
-        assert str(exc)
-    else:
-        assert set(options) <= set(config.__dataclass_fields__)
-        assert config.threshold is None or config.density is None
-
-
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 _WORKER = """

@@ -61,5 +61,5 @@ CARD = MethodCard(
 )
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"intrinsic": ["IntrinsicConfig"], "d90": ["estimate_d90", "IntrinsicDimension"]}
+    __name__, submod_attrs={"intrinsic": ["IntrinsicConfig", "estimate_d90", "IntrinsicDimension"]}
 )

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from hfgen.kit import checks, subspace
 from hfgen.kit.adapter import DeltaConfig
+from hfgen.kit.dimension import IntrinsicDimension as IntrinsicDimension
+from hfgen.kit.dimension import estimate_d90 as estimate_d90
 from hfgen.kit.fastfood import Dense, Fastfood, Projection
 
 PROJECTIONS: dict[str, type[Projection]] = {"fastfood": Fastfood, "dense": Dense}

@@ -46,10 +46,7 @@ CARD = MethodCard(
     claims=(
         Claim(
             "against-cousins",
-            (
-                "It learns about as much of a new task as full fine-tuning, and as SHiRA with as many entries, and "
-                "keeps at least as much of the old."
-            ),
+            "Learns about as much as full fine-tuning and SHiRA of as many entries, and keeps at least as much of the old.",
             experiment="hfgen_plugins.adapters.sara.evidence:EXPERIMENT",
         ),
     ),

@@ -9,7 +9,9 @@ import typer
 
 from hfgen.catalog import CatalogError
 
-_COMMANDS = ("ls", "show", "env", "quickstart", "evidence", "quantize", "export", "bon", "check", "new", "recipe", "report")
+_COMMANDS = (
+    "ls", "show", "env", "quickstart", "evidence", "quantize", "export", "bon", "check", "new", "recipe", "report",
+)  # fmt: skip
 
 app = typer.Typer(
     name="hfgen",

@@ -14,7 +14,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Curves, findings in plain sentences with when and how sure, and the next knob to try."""
-    from hfgen.runs import read_run, render
+    from hfgen.runs import read_run, render, sure
 
     try:
         read = [read_run(folder) for folder in runs]
@@ -27,7 +27,7 @@ def report(
         for problem in run.problems:
             print(f"{run.name}: {problem}", file=sys.stderr)
         for finding in run.findings[:3]:
-            print(f"{run.name}: step {finding.step}: {finding.sentence} ({finding.confidence:.0%} sure)")
+            print(f"{run.name}: step {finding.step}: {finding.sentence} ({sure(finding.confidence)} sure)")
         if not run.findings:
             print(f"{run.name}: no finding")
     print(f"wrote {out}")

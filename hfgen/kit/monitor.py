@@ -1,30 +1,34 @@
 """What a callback is written with: schedule, state across checkpoints, hooks that do not outlive a run, metrics, witness.
 
-A subclass of `MonitorCallback` says ``name``, ``cost`` and ``witness`` and writes `begin` and `look`; everything a
-Trainer asks of a callback is done here. Gradients and per-sample numbers have helpers of their own: `gradient_norm`
-and `SampleTracker`.
+A subclass of `MonitorCallback` says ``name``, ``cost`` and ``witness`` and writes `begin` and `look` or, where the user's
+own evaluations are enough, `evaluated`; everything a Trainer asks of a callback is done here. What it concludes it says
+with `finding`. Gradients and per-sample numbers have helpers of their own: `gradient_norm` and `SampleTracker`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from . import checks
@@ -47,25 +51,32 @@ class Event:
 
 
 class MonitorCallback(TrainerCallback, ExportableState):
-    """Base of callbacks that look at a run every `every` optimizer steps.
+    """Base of callbacks that look at a run every `every` optimizer steps, or whenever the user evaluates.
 
-    A look is taken before the first step, at every multiple of `every`, and at the last step. What it measured goes
-    into the host's log as ``hfgen/<name>/<key>`` with the next row the Trainer logs (``hfgen/<name>/step`` says when it
-    was measured), and stays in `history`. Trackers of ``report_to`` have run by then; with `trainer` the metrics are
-    logged at once through `Trainer.log`, which reaches them.
+    A look is taken before the first step, at every multiple of `every`, and at the last step; with ``every=None``
+    before the first step (unless `looks_first` is False) and at each of the user's evaluations, once per step however
+    many evaluation sets there are. What it measured goes into the host's log as ``hfgen/<name>/<key>`` with the next row
+    the Trainer logs (``hfgen/<name>/step`` says when it was measured), and stays in `history`, one row per step.
+    Trackers of ``report_to`` have run by then; with `trainer` the metrics are logged at once through `Trainer.log`,
+    which reaches them.
 
-    State: `history`, `fired` and what `state_dict` adds are written to ``checkpoint-N/hfgen_<name>.json`` (tensors to
-    ``hfgen_<name>.safetensors``) and, tensors apart, into ``trainer_state.json``; a resumed run takes them back by
-    itself, with or without ``restore_callback_states_from_checkpoint``.
+    Whatever `every` is, each evaluation inside `train()` also calls `evaluated` with the name of its set and its
+    metrics; what that gives is kept and logged in the same way, its keys preceded by ``<set>/`` where ``eval_dataset``
+    is a dictionary.
+
+    State: `history`, `findings`, `fired` and what `state_dict` adds are written to ``checkpoint-N/hfgen_<name>.json``
+    (tensors to ``hfgen_<name>.safetensors``) and, tensors apart, into ``trainer_state.json``; a resumed run takes them
+    back by itself, with or without ``restore_callback_states_from_checkpoint``.
 
     Class attributes of a subclass:
         name: The card's name.
         cost: What a look costs, in one sentence.
         witness: What `fire` counts, in words that finish "the run ended and ... never happened".
         observes: True when the callback leaves the trained weights as they would be without it (the kit checks it).
+        looks_first: With ``every=None``: whether there is a look before the first step.
 
     Args:
-        every: Optimizer steps between looks.
+        every: Optimizer steps between looks; None: at the user's evaluations.
         trainer: The Trainer the callback belongs to, for `Trainer.log` and its eval_dataset; `attach` sets it later.
 
     Raises:
@@ -76,14 +87,19 @@ class MonitorCallback(TrainerCallback, ExportableState):
     cost: ClassVar[str]
     witness: ClassVar[str]
     observes: ClassVar[bool] = True
+    looks_first: ClassVar[bool] = True
 
-    def __init__(self, every: int, trainer: Any = None) -> None:
-        checks.integer(type(self).__name__, "every", every, low=1)
+    def __init__(self, every: int | None, trainer: Any = None) -> None:
+        if every is not None:
+            checks.integer(type(self).__name__, "every", every, low=1)
         self.every = every
         self.trainer: Any = None
         self.fired = 0
         self.history: list[dict[str, Any]] = []
+        self.findings: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self._step, self._looked, self._speaks = 0, -1, True
+        self._evaluated: dict[str, int] = {}
         self._hooks: list[Any] = []
         self._pending: dict[str, Any] = {}
         self._run = ""
@@ -102,7 +118,20 @@ class MonitorCallback(TrainerCallback, ExportableState):
 
     def look(self, event: Event) -> dict[str, float]:
         """One look at the run: the metrics, without prefix. Runs in `undisturbed`, on every rank."""
-        raise NotImplementedError
+        return {}
+
+    def evaluated(self, event: Event, dataset: str, metrics: dict[str, float]) -> dict[str, float]:
+        """Called at every evaluation inside `train()`, on every rank, before the look of ``every=None``.
+
+        Args:
+            event: What the host passes; ``event.control`` may be told to stop.
+            dataset: The set's key in a dictionary of evaluation sets; empty for a single set.
+            metrics: The evaluation's, without the host's prefix: ``{"loss": ..., "runtime": ..., ...}``.
+
+        Returns:
+            What is to be kept and logged, without prefix; may be empty.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume beyond `history` and `fired`: JSON-serialisable values and tensors by name.
@@ -130,10 +159,81 @@ class MonitorCallback(TrainerCallback, ExportableState):
         """The witness: what the method is there for happened once more."""
         self.fired += 1
 
+    def finding(
+        self, kind: str, step: int, confidence: float, sentence: str, advice: str = "", level: int = logging.WARNING
+    ) -> bool:
+        """Says what is wrong with the run (or what it has reached), in plain words; the first of a kind stands.
+
+        It is logged once and kept in `findings` with the step at which it was said (``noticed``), so in
+        ``checkpoint-N/hfgen_<name>.json`` and ``trainer_state.json``, from which a report is made. Say it before the
+        last checkpoint is saved: in `look` or `evaluated`.
+
+        Args:
+            kind: Short identifier; several sets or layers make kinds of their own (``"overfit/chat"``).
+            step: The optimizer step at which it began.
+            confidence: Probability in [0, 1] that it is so; say in the callback's docstring what it is computed from.
+            sentence: One plain sentence for people who do not know the method.
+            advice: What to try next.
+            level: `logging.WARNING`, or `logging.INFO` for what is no trouble.
+
+        Returns:
+            False when there is a finding of this kind already (nothing is changed).
+
+        Raises:
+            ValueError: `confidence` is not in [0, 1].
+        """
+        if not 0.0 <= confidence <= 1.0:
+            raise ValueError(f"{type(self).__name__}.finding: confidence is {confidence}; give a number from 0 to 1")
+        if any(found["kind"] == kind for found in self.findings):
+            return False
+        self.findings.append(
+            {
+                "kind": kind, "step": int(step), "confidence": float(confidence), "sentence": sentence,
+                "advice": advice, "level": logging.getLevelName(level), "noticed": self._step,
+            }
+        )  # fmt: skip
+        if self._speaks:
+            said = f"{self.name}: {sentence} (since step {step}, {confidence:.0%} sure) {advice}"
+            logging.getLogger(f"hfgen.{self.name}").log(level, said.rstrip())
+        return True
+
     def look_now(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at the run outside the schedule, once per step."""
         with self._failing_safely():
             self._look(_event(args, state, control, kwargs))
+
+    def needs_evaluations(self, event: Event, fix: str = "") -> None:
+        """To be called in `begin` by a callback that rides on the user's evaluations.
+
+        Raises:
+            ValueError: with ``every=None`` the run has no evaluations; `fix` is another way out, in words.
+        """
+        if self.every is None and event.args.eval_strategy == "no":
+            raise ValueError(
+                f"args.eval_strategy is 'no'; {type(self).__name__} reads evaluations: set 'steps' or 'epoch'{fix}"
+            )
+
+    def holds_share(self, event: Event, rows: int, share: float) -> None:
+        """To be called in `begin` by a callback whose look reads `rows` rows: holds a denser schedule to a share.
+
+        A row that is only read counts a third of a row that is trained on (forward of forward and backward); rows are
+        taken as equally long; the look before the first step is not counted. It is an estimate before the run, so that a
+        resumed run looks at the same steps.
+
+        Raises:
+            ValueError: with ``every`` set, looks would take more than `share` of the training's time.
+        """
+        if self.every is None:
+            return
+        per_step = event.args.train_batch_size * event.args.gradient_accumulation_steps * event.args.world_size
+        taken = rows / (3 * self.every * per_step)
+        if taken > share:
+            least = math.ceil(rows / (3 * share * per_step))
+            raise ValueError(
+                f"{type(self).__name__}.every is {self.every}: reading {rows} rows that often takes about {taken:.0%} of "
+                f"the training's time; give at least {least}, fewer rows or a larger share, or None to look when the run "
+                "is evaluated"
+            )
 
     def hook(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Puts a forward hook ``function(module, args, output)`` on `module` for this run.
@@ -170,23 +270,39 @@ class MonitorCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 f"callbacks holds {key} {len(stored)} times; their states would overwrite each other: keep one"
             )
-        self._pending = {}
+        self._pending, self._evaluated = {}, {}
+        self._step, self._speaks = state.global_step, state.is_world_process_zero
         if state.global_step:
             self._resume(args, state, stored)
         else:
             self._run, self.fired, self.history, self.seconds = uuid.uuid4().hex, 0, [], 0.0
+            self.findings, self._looked = [], -1
         # The host writes stateful_callbacks[key] when it saves, and fails if a resumed run brought a new callback.
         state.stateful_callbacks.setdefault(key, self.state())
         with self._failing_safely():
             event = _event(args, state, control, kwargs)
             self.begin(event)
-            if not state.global_step:
+            if not state.global_step and (self.every is not None or self.looks_first):
                 self._look(event)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step = state.global_step
         last = state.global_step >= state.max_steps or control.should_training_stop
-        if last or state.global_step % self.every == 0:
+        if self.every is not None and (last or state.global_step % self.every == 0):
             self.look_now(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if _training_frame() is None:
+            return  # evaluate() called by hand, before or after the run
+        dataset, values = _of_dataset(metrics or {})
+        with self._failing_safely():
+            event = _event(args, state, control, kwargs)
+            if self._evaluated.get(dataset) != state.global_step:  # eval_on_start evaluates a resumed run once more
+                self._evaluated[dataset] = state.global_step
+                found = self.evaluated(event, dataset, values)
+                self._keep(state.global_step, {f"{dataset}/{k}" if dataset else k: v for k, v in found.items()})
+            if self.every is None:
+                self._look(event)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self._pending and logs is not None and self.trainer is None:
@@ -219,18 +335,34 @@ class MonitorCallback(TrainerCallback, ExportableState):
 
     def _own(self) -> dict[str, Any]:
         own = {"format": FORMAT, "name": self.name, "run": self._run, "fired": self.fired}
-        return own | {"history": list(self.history), "pending": dict(self._pending)}
+        own |= {"history": [dict(row) for row in self.history], "pending": dict(self._pending)}
+        return own | {
+            "findings": [dict(found) for found in self.findings],
+            "looked": self._looked,
+            "evaluated": dict(self._evaluated),
+        }
 
     def _look(self, event: Event) -> None:
         step = event.state.global_step
-        if self.history and self.history[-1]["step"] == step:
+        if self._looked == step:
             return
         start = time.perf_counter()
         with undisturbed(event.model):
-            found = {"step": step, **self.look(event)}
+            found = self.look(event)
         self.seconds += time.perf_counter() - start
-        self.history.append(found)
-        self._pending = {f"hfgen/{self.name}/{key}": value for key, value in found.items()}
+        self._looked = step
+        self._keep(step, found)
+
+    def _keep(self, step: int, found: dict[str, float]) -> None:
+        """Into the history's row of this step, and to the log."""
+        if not found:
+            return
+        if not (self.history and self.history[-1]["step"] == step):
+            self.history.append({"step": step})
+        self.history[-1] |= found
+        if self._pending.get(f"hfgen/{self.name}/step") != step:
+            self._pending = {}
+        self._pending |= {f"hfgen/{self.name}/{key}": value for key, value in {"step": step, **found}.items()}
         if self.trainer is not None:
             self.trainer.log(dict(self._pending))
             self._pending = {}
@@ -271,6 +403,10 @@ class MonitorCallback(TrainerCallback, ExportableState):
             raise ValueError(f"the state of {self.name} has format {record['format']}; this hfgen reads up to {FORMAT}")
         self._run, self.fired, self.history = record["run"], record["fired"], list(record["history"])
         self._pending = dict(record["pending"])
+        # what hfgen 0.1 did not write
+        self.findings = list(record.get("findings", []))
+        self._looked = record.get("looked", self.history[-1]["step"] if self.history else -1)
+        self._evaluated = dict(record.get("evaluated", {}))
         values = dict(record["state"])
         if record.get("tensors") or (of_file and of_file["tensors"]):
             if folder is None:
@@ -293,6 +429,16 @@ class MonitorCallback(TrainerCallback, ExportableState):
 def _event(args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> Event:
     keys = ("model", "processing_class", "optimizer", "train_dataloader", "eval_dataloader")
     return Event(args, state, control, **{key: kwargs.get(key) for key in keys})
+
+
+def _of_dataset(metrics: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The evaluation set's key and the metrics without the host's prefix (which always has a runtime)."""
+    prefix = min((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), key=len, default="eval")
+    # trl names its own metrics eval_<key> whatever the set
+    plain = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    values = {key.removeprefix(f"{prefix}_"): value for key, value in metrics.items() if key.startswith(f"{prefix}_")}
+    values = {k: v for k, v in plain.items() if f"eval_{k}".removeprefix(prefix) == f"eval_{k}"} | values
+    return prefix.removeprefix("eval").removeprefix("_"), values
 
 
 def _read_record(path: Path, name: str) -> dict[str, Any]:
@@ -351,6 +497,113 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Rows as a batch, padded on the right: lists of integers with 0 (labels -100), arrays of one shape stacked.
+
+    ``attention_mask`` is made where rows have ``input_ids`` and none. Keys that no row has as numbers are left out.
+    """
+    batch: dict[str, Tensor] = {}
+    for key in rows[0]:
+        values = [torch.as_tensor(row[key]) for row in rows if not isinstance(row[key], str | None)]
+        if len(values) == len(rows):
+            ragged = values[0].dim() == 1 and len({len(v) for v in values}) > 1
+            padding = -100 if key == "labels" else 0
+            pad = nn.utils.rnn.pad_sequence
+            batch[key] = pad(values, batch_first=True, padding_value=padding) if ragged else torch.stack(values)
+    if "input_ids" in batch and "attention_mask" not in batch:
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return batch
+
+
+def rank_batches(count: int, size: int) -> Iterator[tuple[list[int], int]]:
+    """Batches of row numbers for this process: (numbers, how many of them count).
+
+    Every process gets as many batches as every other, as sharded models need; where rows run out, row 0 is repeated and
+    does not count. Together they hold each of the `count` rows once.
+    """
+    spread = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    own = list(range(rank, count, world))
+    for start in range(0, -(-count // world), size):
+        numbers = own[start : start + size]
+        yield numbers or [0], len(numbers)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in its dtype; every process must call it."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(values: Tensor) -> Tensor:
+    """`values` (n, ...) of all processes one after the other, n may differ; every process must call it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=values.device)
+    counts[dist.get_rank()] = len(values)
+    counts = summed(counts)
+    padded = values.new_zeros(int(counts.max()), *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def labelled_logits(model: Any, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each row: logits (n, classes) in float32 and labels (n,) int64, n = 1 or the tokens that have a label.
+
+    The model is called without labels, so that trl's fused head is not taken and logits are built, and with those keys
+    that its forward names, as the Trainer does. Logits of a causal language model are shifted as its own loss does
+    (``shift_labels`` are taken as they are).
+
+    Raises:
+        ValueError: the batch has no integer labels, the model gives no logits, or their shapes are those of no
+            classifier or language model (regression, several labels per row).
+    """
+    labels = batch.get("shift_labels", batch.get("labels"))
+    if labels is None or labels.is_floating_point():
+        raise ValueError(
+            f"rows have {'no labels' if labels is None else 'labels that are no integers'}; give class or token labels"
+        )
+    named = inspect.signature(_inner(model).forward).parameters
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels", "num_items_in_batch")}
+    output = model(**({k: v for k, v in inputs.items() if k in named} or inputs))
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.dim() != labels.dim() + 1:
+        shape = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise ValueError(
+            f"the model gives {shape} for labels of shape {tuple(labels.shape)}; only classifiers and language models "
+            "can be read"
+        )
+    if labels.dim() == 1:
+        logits, labels = logits[:, None], labels[:, None]
+    logits = logits[:, -labels.shape[1] :]  # without virtual tokens of prompt learning
+    if "shift_labels" not in batch and labels.shape[1] > 1 and _shifts(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    for row, wanted in zip(logits, labels, strict=True):
+        known = wanted != -100
+        yield row[known].float(), wanted[known]
+
+
+def _shifts(model: Any) -> bool:
+    """Whether the model's own loss compares position i with the label of i + 1, as the Trainer decides it."""
+    inner = _inner(model)
+    causal = LOSS_MAPPING.get(getattr(inner, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+
+
+def _inner(model: Any) -> Any:
+    """The model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """The batch's tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def gradient_norm(event: Event) -> Tensor:

@@ -67,8 +67,13 @@ def _card(finding: Finding, max_steps: int) -> str:
     advice = f"<p><b>Try next:</b> {e(finding.advice)}</p>" if finding.advice else ""
     return (
         f"<section class='{kind}'><h3>{e(finding.kind.replace('_', ' '))}</h3><p>{e(finding.sentence)}</p>{advice}"
-        f"<p class='small'>{e(place)}; how sure: {finding.confidence:.0%}; said by {e(finding.source)}</p></section>"
+        f"<p class='small'>{e(place)}; how sure: {sure(finding.confidence)}; said by {e(finding.source)}</p></section>"
     )
+
+
+def sure(confidence: float) -> str:
+    """A confidence in words of at most two digits: what is not certain is not called 100 %."""
+    return ">99%" if 0.995 <= confidence < 1 else f"{confidence:.0%}"
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
+from hfgen.pages import CHART_STYLE, COLOURS, inline_svg, page
+
 from .experiment import finite
 
-COLOURS = ("#6b7280", "#c2410c", "#0f766e", "#4338ca", "#a16207", "#be185d")
 _MARKERS = "soD^vP"
 _WORDS = {
     "reproduced": "The paper's claim holds here.",
@@ -76,10 +75,7 @@ def render(report: dict[str, Any]) -> str:
     banner = '<p class="banner">Smoke run: too short to decide anything; no verdict.</p>' if report["smoke"] else ""
     notes = "".join(f"<li>{e(note)}</li>" for note in report["notes"])
     packages = ", ".join(f"{k} {v}" for k, v in report["environment"]["packages"].items())
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{e(report["title"])}</title><style>{_CSS}</style></head><body><main>
-<h1>{e(report["title"])}</h1>
+    body = f"""<h1>{e(report["title"])}</h1>
 <p class="lead">{e(report["statement"])}</p>{banner}
 {_verdicts(report)}
 <h2>At a glance</h2>
@@ -93,8 +89,8 @@ def render(report: dict[str, Any]) -> str:
 <p class="small">Settings sha256 {report["settings_sha256"]}. {e(packages)}.
 Python {e(report["environment"]["python"])},
 {e(report["environment"]["platform"])}, {report["environment"]["cpus"]} CPUs. Ran {report["seconds"]:.0f} s.</p>
-</details></main></body></html>
-"""
+</details>"""
+    return page(report["title"], body, _CSS)
 
 
 def _verdicts(report: dict[str, Any]) -> str:
@@ -136,9 +132,7 @@ def chart(report: dict[str, Any]) -> str:
 
     labels = {metric["key"]: metric["label"] for metric in report["metrics"]}
     x, ys = report["chart"]["x"], report["chart"]["y"]
-    style = {"svg.fonttype": "path", "svg.hashsalt": "hfgen", "font.size": 10, "axes.spines.top": False,
-             "axes.spines.right": False}  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(4.7 * len(ys), 4.3), layout="constrained")
         panels = figure.subplots(1, len(ys), squeeze=False)[0]
         for panel, y in zip(panels, ys, strict=True):
@@ -147,11 +141,7 @@ def chart(report: dict[str, Any]) -> str:
             panel.set_title(labels[y], loc="left", fontsize=11, fontweight="bold")
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg[svg.index("<svg") :])  # HTML needs none; the page names no address
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(", ".join(labels[y] for y in ys))}"', 1)
+        return inline_svg(figure, ", ".join(labels[y] for y in ys))
 
 
 def _panel(panel: Any, report: dict[str, Any], x: str, y: str) -> None:
@@ -182,14 +172,6 @@ def _reach(found: dict[str, Any]) -> list[list[float]]:
 
 
 _CSS = """
-:root{--ink:#111827;--soft:#4b5563;--line:#e5e7eb}
-*{box-sizing:border-box}body{margin:0;background:#f9fafb;color:var(--ink);
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
-main{max-width:62rem;margin:2rem auto;padding:2rem 2.5rem;background:#fff}
-main{border:1px solid var(--line);border-radius:12px}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-h3{margin:0;font-size:1.05rem}
-.lead{color:var(--soft);margin:0 0 1.2rem}.small,figcaption{color:var(--soft);font-size:.85rem}
 .banner{background:#fef3c7;border:1px solid #f59e0b;border-radius:8px;padding:.6rem .9rem;font-weight:600}
 .verdicts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
 .verdict{border:1px solid var(--line);border-left:6px solid var(--soft);border-radius:8px;padding:.9rem 1.1rem}
@@ -199,13 +181,4 @@ li.holds::before{content:"\\2713\\00a0\\00a0";color:#15803d;font-weight:700}
 li.fails::before{content:"\\2717\\00a0\\00a0";color:#b91c1c;font-weight:700}
 li.open::before{content:"?\\00a0\\00a0";color:#a16207;font-weight:700}
 .reproduced{border-left-color:#15803d}.partly{border-left-color:#d97706}.not-reproduced{border-left-color:#b91c1c}
-figure{margin:0}figure svg{width:100%;height:auto}
-.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:.5rem .7rem;border-bottom:1px solid var(--line);vertical-align:top}
-th:first-child{text-align:left;white-space:nowrap}thead th{font-size:.82rem;color:var(--soft);vertical-align:bottom}
-td,td small{white-space:nowrap}td small{display:block;color:var(--soft);font-size:.75rem}
-.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
-pre{background:#f3f4f6;padding:1rem;border-radius:8px;overflow-x:auto;font-size:.8rem}
-@media(max-width:40rem){main{margin:0;padding:1.2rem;border:0;border-radius:0}}
-@media print{body{background:#fff}main{border:0;margin:0}}
 """

@@ -21,7 +21,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from adapters import TARGETS, Arm, BenchArguments, adapter_config, interleaved, memory, ratios, saved_bytes
+from adapters import TARGETS, Arm, BenchArguments, adapter_config, interleaved, memory, ratios
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
@@ -87,10 +87,8 @@ def bench_setting(args: BenchArguments, place: str) -> dict[str, Any]:
         }
         for name, arm in arms.items()
     }  # fmt: skip
-    frozen = saved_bytes(base.loss, base.model)
     for row in rows.values():
         row["memory_ratio"] = row["bytes"]["total"] / rows["lora"]["bytes"]["total"]
-        row["saved_above_base"] = row["bytes"]["saved_for_backward"] - frozen
     forward = {"base": partial(base.seconds, base.forward), "sara": partial(arms["sara"].seconds, arms["sara"].forward)}
     for arm in (base, arms["sara"]):
         arm.model.eval()
@@ -120,7 +118,7 @@ def bars(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def print_report(report: dict[str, Any]) -> None:
     console = Console(width=None if os.isatty(1) else 130)
     table = Table(title="One training step against peft LoRA r=8 on the same targets (median of ratios, quartiles)")
-    for column in ("targets", "arm", "trained", "step", "ratio", "saved MiB above base", "memory ratio"):
+    for column in ("targets", "arm", "trained", "step", "ratio", "saved MiB", "memory ratio"):
         table.add_column(column, justify="left" if column in ("targets", "arm") else "right")
     for setting in report["settings"]:
         for name, row in setting["arms"].items():
@@ -128,7 +126,7 @@ def print_report(report: dict[str, Any]) -> None:
             table.add_row(
                 *(setting["targets"], name, f"{row['trained']:,}", f"{row['step_s']:.3f} s"),
                 f"{step['median']:.3f} [{step['q25']:.3f}, {step['q75']:.3f}]",
-                *(f"{row['saved_above_base'] / 2**20:.2f}", f"{row['memory_ratio']:.3f}"),
+                *(f"{row['bytes']['saved_for_backward'] / 2**20:.1f}", f"{row['memory_ratio']:.3f}"),
             )
         means = setting["increlora"]
         table.add_row(setting["targets"], "increlora, until the budget is spent", "", "", f"{means['default']:.3f}")

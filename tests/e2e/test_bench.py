@@ -127,6 +127,30 @@ def test_ratios_are_taken_within_a_round(adapters):
     assert "".join(order) == "abc" + "abc" + "bca"
 
 
+def test_selective_bench(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench, out = load("selective"), tmp_path / "report.json"
+    monkeypatch.setattr(bench, "TARGETS", {"q,v": ["q_proj", "v_proj"]})
+    bench.main(["--rounds", "1", "--hidden", "32", "--tokens", "16", "--layers", "1", "--out", str(out)])
+    report, kept = json.loads(out.read_text()), json.loads((RESULTS / "selective.json").read_text())
+    assert shape(report) == shape(kept) | {"arguments": shape(report["arguments"])} and len(kept["bars"]) == 10
+    arms = report["settings"][0]["arms"]
+    assert arms["sara"]["trained"] == arms["soma"]["trained"] == arms["lora"]["trained"] == 8 * 2 * (32 + 32)
+    assert arms["intrinsic"]["trained"] == bench.DIMENSION
+    h = bench.IncreLoraConfig(target_r=8).increment
+    for name, r in (("first", 1), ("last", 7)):  # with the reserve
+        assert arms[f"increlora {name}"]["trained"] == 2 * ((r + h) * 64 + r + h)
+    for setting in kept["settings"]:
+        sara = setting["arms"]["sara"]
+        assert sara["bytes"]["optimizer"] == 8 * sara["trained"] + 4 * sara["tensors"]
+    steps = {f"increlora {p}{s}": {"median": m} for p, s, m in (
+        ("first", "", 1.0), ("last", "", 1.2), ("first", ", scores", 2.0), ("last", ", scores", 2.2))}  # fmt: skip
+    window = bench.IncreLoraConfig(target_r=8).score_window / bench.INTERVAL
+    assert bench.averages(steps) == pytest.approx(
+        {"default": window * 2.1 + (1 - window) * 1.1, "score_window=None": 2.1}
+    )
+
+
 def test_startup_report(startup, tmp_path, monkeypatch, capsys):
     arms = dict(list(startup.TORCH_ARMS.items())[:1])
     monkeypatch.setattr(startup, "TORCH_ARMS", arms)

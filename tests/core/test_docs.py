@@ -65,6 +65,13 @@ def test_readme_speed_and_classify_tables_are_the_results():
         row = (f"| {label} | {svfit['step']['median']:.2f}x | {loldu['step']['median']:.2f}x "
                f"| {max(svfit['memory_ratio'], loldu['memory_ratio']):.2f}x |")  # fmt: skip
         assert row in README, row
+    bench = json.loads((ROOT / "recipes/bench/results/selective.json").read_text())
+    for setting in bench["settings"]:
+        steps = [setting["increlora"]["default"]]
+        steps += [setting["arms"][name]["step"]["median"] for name in ("sara", "soma", "intrinsic")]
+        label = {"q,v": "q and v", "all linears": "all linear layers"}[setting["targets"]]
+        row = " | ".join((f"| {label}", *(f"{step:.2f}x" for step in steps))) + " |"
+        assert row in README, row
     arms = json.loads((ROOT / "recipes/bench/results/classify.json").read_text())["arms"]
     for name, arm in arms.items():
         low, high = arm["interval"]

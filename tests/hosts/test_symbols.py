@@ -41,7 +41,13 @@ SYMBOLS = {
     "torch.distributed.fsdp": ["FSDPModule"],
     "accelerate.state": ["AcceleratorState"],
     "trl": ["SFTTrainer", "SFTConfig", "TrlParser", "ScriptArguments", "ModelConfig", "get_peft_config"],
-    "trl.trainer.utils": ["create_model_from_path"],
+    "trl.trainer.utils": ["create_model_from_path", "pad"],
+    "trl.trainer.reward_trainer": ["DataCollatorForPreference"],
+    "transformers.models.auto.modeling_auto": ["MODEL_MAPPING", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"],
+    "transformers.loss.loss_utils": ["LOSS_MAPPING", "ForCausalLMLoss"],
+    "transformers.masking_utils": ["AttentionMaskInterface"],
+    "transformers.modeling_utils": ["AttentionInterface"],
+    "torch.nn.parallel": ["DistributedDataParallel"],
     "accelerate": ["PartialState"],
 }  # fmt: skip
 
@@ -80,6 +86,23 @@ def test_contracts():
     assert parameters(BaseTunerLayer.merge) == ["self", "safe_merge", "adapter_names"]
     assert "persistent" in parameters(BufferDict.__init__)
     assert hasattr(Trainer, "loss_is_scaled_for_ga")
+
+
+def test_contracts_of_reward_ensembles_best_of_n_and_growing_adapters():
+    from torch.nn.parallel import DistributedDataParallel
+    from transformers import Trainer
+    from transformers.generation.utils import GenerationMixin
+    from trl import RewardTrainer
+
+    assert parameters(Trainer._clip_grad_norm) == ["self", "model"]
+    assert parameters(RewardTrainer._prepare_dataset)[:3] == ["self", "dataset", "processing_class"]
+    source = inspect.getsource(RewardTrainer.__init__)
+    assert all(f"self.{name} =" in source for name in ("_metrics", "_total_train_tokens"))
+    wanted = {"input_ids", "logits_processor", "stopping_criteria", "generation_config"}
+    assert wanted <= set(parameters(GenerationMixin._sample))
+    assert {"expand_size", "input_ids"} <= set(parameters(GenerationMixin._expand_inputs_for_generation))
+    # after ranks have grown DDP lays its buckets out anew, as unpickling does
+    assert {"__getstate__", "__setstate__"} <= set(vars(DistributedDataParallel))
 
 
 def test_streaming_contracts():

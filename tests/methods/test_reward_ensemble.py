@@ -31,7 +31,7 @@ from hfgen.trainers import (
     EnsembleRewardTrainer,
     flip_labels,
 )
-from hfgen_plugins.trainers.reward_ensemble import evidence, modeling
+from hfgen_plugins.trainers.reward_ensemble import evidence, modeling, plot
 from hfgen_plugins.trainers.reward_ensemble.data import EnsembleCollator, MemberOrders
 from hfgen_plugins.trainers.reward_ensemble.modeling import EnsembleRewardModelConfig
 from hfgen_plugins.trainers.reward_ensemble.scoring import (
@@ -629,6 +629,15 @@ def test_wrong_calls_of_model_and_reward(tmp_path, tokenizer):
 
 
 # --- evidence -----------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_in_the_readme_is_the_ledgers():
+    ledger = json.loads((plot.HERE / "ledger.json").read_text())
+    assert (plot.HERE / "curves.svg").read_text() == plot.draw(ledger)
+    means = {arm["id"]: arm["metrics"]["final"]["mean"] for arm in ledger["arms"]}
+    assert means["single"] < 0 and all(
+        1.8 <= round(means[name] - means["single"], 1) <= 2.3 for name in evidence.JUDGED
+    )
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,17 @@ CARD = MethodCard(
                 "best-of-n: conservative objectives practically remove over-optimisation, up to 70 % better (abstract)"
             ),
         ),
+        Claim(
+            id="grpo",
+            statement=(
+                "With 25 % label noise GRPO and RLOO on the mean or WCO of five reward models end, at equal steps, with at "
+                "least the gold reward of the same on one of them."
+            ),
+            experiment="hfgen_plugins.trainers.reward_ensemble.evidence_grpo:EXPERIMENT",
+            paper_value=(
+                "PPO: always less over-optimisation than one model; none with a small KL penalty, at no cost (abstract)"
+            ),
+        ),
     ),
     example="hfgen_plugins.trainers.reward_ensemble.trainer:example",
 )

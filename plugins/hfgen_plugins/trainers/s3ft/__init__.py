@@ -23,6 +23,7 @@ CARD = MethodCard(
         "a judge of answers (hfgen.judges or a callable)",
         "generation before training: at most two answers per row",
         "with several machines, an output_dir (or s3ft_cache_dir) that all of them see",
+        "vLLM is optional (s3ft_vllm): one process, a model without adapters",
     ),
     conflicts=(
         "DeepSpeed ZeRO-3: build the data with build_s3ft_dataset first and pass that as train_dataset",
@@ -38,6 +39,7 @@ CARD = MethodCard(
         "an answer that is empty or not ended by the model is wrong, whatever it holds",
         "num_candidates and paraphrase_attempts above 1 (rejection sampling) are extensions, off by default",
         "the rewriting instruction is our wording",
+        "no_paraphrase, drop_failures and string_judge are ablations, off by default",
     ),
     claims=(
         Claim(
@@ -47,6 +49,14 @@ CARD = MethodCard(
             ),
             experiment="hfgen_plugins.trainers.s3ft.evidence:EXPERIMENT",
             paper_value="mean drop on old benchmarks: SFT 4.4, S3FT 2.5 points (abstract)",
+        ),
+        Claim(
+            id="ablations",
+            statement=(
+                "On two tasks S3FT holds against SFT, and each part of it (rewriting, training on failures too, a judge of "
+                "meaning) adds held-out accuracy and costs no old skills."
+            ),
+            experiment="hfgen_plugins.trainers.s3ft.evidence_ablations:EXPERIMENT",
         ),
     ),
     example="hfgen_plugins.trainers.s3ft.trainer:example",

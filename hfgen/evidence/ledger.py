@@ -146,14 +146,17 @@ def plain(verdicts: list[Verdict]) -> Any:
 
 
 def fixed_at(experiment: Experiment, started: str) -> str:
-    """The commit that last changed what fixes the experiment: the files of its settings, run and judge, its tuning.
+    """The commit that last changed what fixes the experiment: the files of its settings, run and judge, its tuning
+    (the claim's module may name it as `TUNING_FILE`; else ``tuning.json`` beside it).
 
     Raises:
         LedgerError: they are not in git, differ from what is committed, or were committed after `started` (ISO 8601).
     """
     modules = (type(experiment.settings).__module__, experiment.run.__module__, experiment.judge.__module__)
-    files = [Path(str(sys.modules[_claim_module(experiment)].__file__))]
-    files += [files[0].with_name("tuning.json"), *(Path(str(sys.modules[m].__file__)) for m in modules)]
+    claim = sys.modules[_claim_module(experiment)]
+    files = [Path(str(claim.__file__))]
+    files += [getattr(claim, "TUNING_FILE", files[0].with_name("tuning.json"))]
+    files += [Path(str(sys.modules[m].__file__)) for m in modules]
     top = Path(_git(files[0].parent, "rev-parse", "--show-toplevel"))
     own = sorted({str(f.resolve()) for f in files if f.exists() and f.resolve().is_relative_to(top.resolve())})
     if changed := _git(top, "status", "--porcelain", "--", *own):

@@ -19,6 +19,7 @@ from typing import Any
 from hfgen import catalog
 from hfgen.card import Claim, MethodCard
 
+from .corpus.figures import section as monitors_section
 from .experiment import Experiment, finite, samples_of, settings_sha256
 from .report import figures, sentence, show
 from .stats import Verdict
@@ -196,7 +197,11 @@ Verdicts are computed by checks that were fixed, with all settings, in the commi
 
 
 def render(cards: Iterable[MethodCard]) -> str:
-    """EVIDENCE.md: every claim of every card, those without a ledger as untested. A function of cards and ledgers alone."""
+    """EVIDENCE.md: every claim of every card, those without a ledger as untested, and what monitors detect.
+
+    A function of cards, ledgers and ``corpus/detection.json`` alone.
+    """
+    cards = list(cards)
     rows, sections = ["| method | claim | arm | verdict | checks that hold | seeds |", "|---|---|---|---|---|---|"], []
     alike: dict[str, list[tuple[MethodCard, Ledger]]] = {}
     for card in cards:
@@ -209,6 +214,8 @@ def render(cards: Iterable[MethodCard]) -> str:
                 sections.append(_section(card, claim, ledger))
                 alike.setdefault(claim.id, []).append((card, ledger))
     sections = [_side_by_side(name, found) for name, found in alike.items() if len(found) > 1] + sections
+    if any(card.kind == "callbacks" for card in cards):
+        sections.append(monitors_section())
     return "\n".join([_HEAD, *rows, "", "\n\n".join(sections)]).rstrip("\n") + "\n"
 
 

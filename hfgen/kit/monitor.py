@@ -160,8 +160,9 @@ class MonitorCallback(TrainerCallback, ExportableState):
         self.fired += 1
 
     def finding(
-        self, kind: str, step: int, confidence: float, sentence: str, advice: str = "", level: int = logging.WARNING
-    ) -> bool:
+        self, kind: str, step: int, confidence: float, sentence: str, advice: str = "", level: int = logging.WARNING,
+        explains: Sequence[str] = (),
+    ) -> bool:  # fmt: skip
         """Says what is wrong with the run (or what it has reached), in plain words; the first of a kind stands.
 
         It is logged once and kept in `findings` with the step at which it was said (``noticed``), so in
@@ -175,6 +176,7 @@ class MonitorCallback(TrainerCallback, ExportableState):
             sentence: One plain sentence for people who do not know the method.
             advice: What to try next.
             level: `logging.WARNING`, or `logging.INFO` for what is no trouble.
+            explains: Kinds of findings, of any monitor, that follow from this one: a report puts them after it.
 
         Returns:
             False when there is a finding of this kind already (nothing is changed).
@@ -190,7 +192,7 @@ class MonitorCallback(TrainerCallback, ExportableState):
             {
                 "kind": kind, "step": int(step), "confidence": float(confidence), "sentence": sentence,
                 "advice": advice, "level": logging.getLevelName(level), "noticed": self._step,
-            }
+            } | ({"explains": list(explains)} if explains else {})
         )  # fmt: skip
         if self._speaks:
             said = f"{self.name}: {sentence} (since step {step}, {confidence:.0%} sure) {advice}"

@@ -39,7 +39,7 @@ def _lead(runs: Sequence[Run]) -> str:
         return "No log was found."
     if not found:
         return "No finding. That says what the monitors of these runs looked for; it is no proof that all is well."
-    return f"{found} finding{'s' if found > 1 else ''}, the surest first."
+    return f"{found} finding{'s' if found > 1 else ''}, the surest first, what follows from others last."
 
 
 def _caption(runs: Sequence[Run]) -> str:

@@ -26,6 +26,7 @@ class Finding:
         source: Who said it: a callback's name, or "log".
         noticed: The optimizer step at which it was said.
         trouble: False for what is no trouble, such as a goal that was reached.
+        explains: Kinds of other findings that follow from this one.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Finding:
     source: str
     noticed: int
     trouble: bool = True
+    explains: tuple[str, ...] = ()
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Run:
         name, folder: The folder's name, and the folder.
         rows: The Trainer's log, one dict of numbers per row, each with "step".
         step, max_steps: Where the newest state stands, and where the run was to end (0 = not known).
-        findings: Trouble before the rest, the surest first.
+        findings: What others explain comes last; trouble before the rest, the surest first.
         problems: What could not be read, in sentences.
         totals: Figures of the whole run that the Trainer logs at its end (seconds, ...); empty when it did not end.
     """
@@ -104,11 +106,15 @@ def read_run(folder: Path) -> Run:
             run.totals = {k: float(row[k]) for k in TOTALS if _is_number(row.get(k))}
         else:
             run.rows.append(row)
-    run.findings = sorted(
-        [*_findings(place, state, run.problems), *_of_log(run)],
-        key=lambda f: (not f.trouble, -f.confidence, f.step, f.kind),
-    )
+    found = [*_findings(place, state, run.problems), *_of_log(run)]
+    run.findings = sorted(found, key=lambda f: (_explained(f, found), not f.trouble, -f.confidence, f.step, f.kind))
     return run
+
+
+def _explained(finding: Finding, others: list[Finding]) -> bool:
+    """Whether one of the others says why there is this one ("overfit/chat" is of the kind "overfit")."""
+    kind = finding.kind.partition("/")[0]
+    return any(kind in other.explains and other.kind.partition("/")[0] != kind for other in others)
 
 
 def _read(path: Path, problems: list[str]) -> dict[str, Any] | None:
@@ -146,7 +152,9 @@ def _findings(place: Path, state: dict[str, Any], problems: list[str]) -> list[F
                 kind, sentence, advice = (str(item[key]) for key in ("kind", "sentence", "advice"))
                 step, sure = int(item["step"]), float(item["confidence"])
                 noticed, trouble = int(item.get("noticed", step)), item.get("level") != "INFO"
-                found.append(Finding(kind, step, sure, sentence, advice, name, noticed, trouble))
+                explains = item.get("explains", [])
+                explains = tuple(map(str, explains)) if isinstance(explains, list) else ()
+                found.append(Finding(kind, step, sure, sentence, advice, name, noticed, trouble, explains))
             except (KeyError, TypeError, ValueError, OverflowError):
                 problems.append(f"a finding of {name} in {place} has not the form this hfgen reads: {item!r}"[:300])
     return found

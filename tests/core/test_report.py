@@ -154,3 +154,10 @@ def test_the_command_reads_a_real_run(tmp_path):
     assert done.exit_code == 0 and "run: no finding" in done.output and "eval_loss" in out.read_text()
     failed = CliRunner().invoke(app, [str(tmp_path / "no")])
     assert failed.exit_code == 2
+
+
+def test_what_a_finding_explains_comes_after_it(tmp_path):
+    sure = FINDING | {"kind": "overfit/chat", "confidence": 1.0}
+    why = FINDING | {"kind": "grokked", "level": "INFO", "confidence": 0.7, "explains": ["overfit", "grokked"]}
+    write(tmp_path, 1000, rows(1000), findings=[sure, why, FINDING | {"kind": "spike", "explains": "overfit"}])
+    assert [f.kind for f in read_run(tmp_path).findings] == ["spike", "grokked", "overfit/chat"]

@@ -118,6 +118,7 @@ def test_a_look_reads_by_index_and_counts_events(tmp_path):
     last = callback.history[-1]
     assert total > 5 and last["events"] == pytest.approx(total / 24) and last["rows"] == 24
     assert last["right"] == pytest.approx(sum(look[1] for look in by_hand[-1]) / 24)
+    assert last["odd"] == sum(look[0] > 1 for look in by_hand[-1]) / 24 and last["epoch"] == 20
 
 
 def test_flipped_labels_have_the_highest_el2n(tmp_path):

@@ -178,6 +178,10 @@ def test_what_is_overwritten_is_found_and_what_is_kept_is_not(tmp_path, learnt, 
     for key in ("lost/drop", "kept/drop", "mean_drop", "worst_drop"):
         assert last[f"{key}_low"] <= last[key] <= last[f"{key}_high"]
     assert last["worst_drop_low"] <= last["lost/drop_low"]
+    with monitor.undisturbed(trainer.model):
+        now = row_scores(trainer.model, callback.skills["lost"], 8, "cpu").numpy()[:, 0]
+    then = np.array(callback.start["lost"])[:, 0]
+    assert (last["lost/worse"], last["lost/better"]) == ((now < then).sum(), (now > then).sum())
     (found,) = callback.findings
     first_seen = next(row["step"] for row in callback.history if row["lost/drop"] >= 0.05)
     assert (found["kind"], found["step"]) == ("forgetting/lost", first_seen) and found["confidence"] >= 0.995

@@ -209,9 +209,10 @@ def test_the_prediction_of_an_exact_exponential():
 
 
 def test_robust_deviations():
-    losses = [2.0, 2.1, 1.9, 2.05, 1.95]
-    assert deviation([*losses, 3.0]) == pytest.approx(1.0 / (1.4826 * 0.05))
-    assert deviation([2.0] * 5 + [3.0]) == pytest.approx(50.0)  # at least 1 % of the median
+    losses = [2.0, 3.0, 1.0, 2.5, 1.5]
+    assert deviation([*losses, 6.0]) == pytest.approx(4.0 / (1.4826 * 0.5))
+    assert deviation([2.0] * 5 + [3.0]) == pytest.approx(10.0)  # at least a tenth of a nat
+    assert deviation([20.0] * 5 + [30.0]) == pytest.approx(50.0)  # at least 1 % of the median
 
 
 # --- in runs ------------------------------------------------------------------------------------------------------
@@ -253,8 +254,10 @@ def test_a_blow_up_is_predicted_before_it_comes(tmp_path, caplog):
 def test_diverging_output_logits(tmp_path):
     callback = InstabilityCallback(every=2)
     run(tmp_path, callback, others=[Grow(1.0, head=4.0)], learning_rate=0.0)
-    (found,) = callback.findings
-    assert found["kind"] == "output_logits" and "log Z has moved from" in found["sentence"]
+    found = {f["kind"]: f for f in callback.findings}
+    assert set(found) == {"output_logits", "divergence"}  # the loss of such logits is high as well
+    assert "log Z has moved from" in found["output_logits"]["sentence"]
+    assert "output_logits" in found["divergence"]["explains"]
 
 
 def test_gradients_below_adams_eps(tmp_path):
@@ -269,13 +272,27 @@ def test_gradients_below_adams_eps(tmp_path):
 def test_spikes_and_divergence_of_the_loss():
     spiky = InstabilityCallback()
     for step in range(30):
-        spiky._take_loss(step, 2.0 - 0.01 * step + (3.0 if step == 20 else 0.0))
+        spiky._take_loss(step, 2.0 - 0.01 * step + (5.0 if step == 20 else 0.0))
     (found,) = spiky.findings
     assert (found["kind"], found["step"]) == ("loss_spike", 20) and found["confidence"] > 0.99
     high = InstabilityCallback()
     for step in range(40):
         high._take_loss(step, 3.0 + 0.05 * step)
     assert [f["kind"] for f in high.findings] == ["divergence"] and high.findings[0]["confidence"] > 0.99
+    first = high.findings[0]["step"]
+    assert first == next(
+        s for s in range(40) if 3.0 + 0.05 * s > 3.0 + 0.3
+    )  # the first of those in a row, not the last
+    lost = InstabilityCallback()  # it had gained a nat: any loss above the first counts
+    for step in range(60):
+        lost._take_loss(step, 3.0 - 0.1 * step if step < 20 else 3.01)
+    assert [(f["kind"], f["step"]) for f in lost.findings if f["kind"] == "divergence"] == [("divergence", 20)]
+    at_once = InstabilityCallback()
+    for step, loss in enumerate((2.3, 3.0, 5.0, 9.0)):
+        at_once._take_loss(step, loss)
+    (found,) = at_once.findings
+    assert (found["kind"], found["step"]) == ("divergence", 2)
+    assert found["confidence"] == pytest.approx(1 - math.exp(-2.7)) and "diverges at once" in found["sentence"]
     gone = InstabilityCallback()
     gone._take_loss(5, math.nan)
     assert gone.findings[0]["kind"] == "divergence" and "nan at step 5" in gone.findings[0]["sentence"]

@@ -137,6 +137,9 @@ def test_a_healthy_run_and_a_run_that_falls_apart_are_no_overfitting(tmp_path):
     assert not callback.findings
     callback._judge([(s, v, 1 - s / 20) for s, v, _ in curve], "", "")
     assert [f["kind"] for f in callback.findings] == ["overfit"] and callback.findings[0]["step"] == 5
+    wavering = OverfitGapCallback(min_evaluations=4)  # as much of itself, but too little in nats
+    wavering._judge([(s, v / 100, 1 - s / 20) for s, v, _ in curve], "", "")
+    assert not wavering.findings
 
 
 def test_training_loss_is_weighted_by_steps_and_evaluation_is_in_the_middle(tmp_path):

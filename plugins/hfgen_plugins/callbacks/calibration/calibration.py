@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.monitor import (
     Event,
     MonitorCallback,
@@ -72,7 +73,7 @@ class CalibrationCallback(MonitorCallback):
         self,
         rows: int = 256,
         bins: int = 15,
-        max_ece: float = 0.1,
+        max_ece: float = 0.15,
         alpha: float = 0.01,
         batch_size: int | None = None,
         trainer: Any = None,
@@ -130,6 +131,12 @@ class CalibrationCallback(MonitorCallback):
         self.fire()
         self._judge(dataset, event.state.global_step, found)
         return found
+
+    def judge(self, state: Any, row: dict[str, Any]) -> None:
+        """Makes the findings of a row of `history` measured at ``state.global_step``: of a log, with any thresholds."""
+        for prefix in [key.removesuffix("ece") for key in row if key == "ece" or key.endswith("/ece")]:
+            found = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
+            self._judge(prefix.removesuffix("/"), state.global_step, found)
 
     def _judge(self, dataset: str, step: int, found: dict[str, float]) -> None:
         if found["ece"] < self.max_ece or found["p_value"] > self.alpha:
@@ -258,21 +265,4 @@ def _slope(logits: Tensor, labels: Tensor, b: float) -> Tensor:
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is evaluated at every other step (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, eval_strategy="steps",
-        eval_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:],
-        "callbacks": [CalibrationCallback(rows=4)],
-    }  # fmt: skip
+    return tiny_run(folder, evaluate_every=2) | {"callbacks": [CalibrationCallback(rows=4)]}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.monitor import Event, MonitorCallback, labelled_logits, on_device, rank_batches, summed
 
 _LOG = logging.getLogger("hfgen.data_diet")
@@ -28,7 +29,8 @@ class DataDietCallback(MonitorCallback):
     never learnt infinitely many events).
 
     Metrics, under ``hfgen/data_diet/``: ``el2n`` and ``grand`` (means over rows at this look), ``right`` and ``learnt``
-    (shares of rows), ``events`` (forgetting events so far per row), ``rows``.
+    (shares of rows), ``odd`` (share of rows with an EL2N above 1: the model says something else, and is sure of it),
+    ``events`` (forgetting events so far per row), ``rows``, ``epoch``.
 
     Args:
         every: See `MonitorCallback`; None: at the user's evaluations.
@@ -143,6 +145,7 @@ class DataDietCallback(MonitorCallback):
         self.looks += 1
         found = {"rows": len(old), "el2n": float(el2n.mean()), "right": float(right.mean())}
         found |= {"learnt": float(old[:, 4].mean()), "events": float(old[:, 5].mean())}
+        found |= {"odd": float((el2n > 1).double().mean()), "epoch": float(event.state.epoch or 0.0)}
         return found | ({"grand": float(grand.mean())} if self.grand else {})
 
     def _read(self, event: Event) -> Tensor:
@@ -228,19 +231,4 @@ def gradient_of_row(model: Any, batch: dict[str, Any]) -> Tensor:
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is looked at every other step (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(16)]
-    args = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, use_cpu=True,
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    monitor = DataDietCallback(every=2, share=1.0, rows=2, grand=True)
-    return {"model": model, "args": args, "train_dataset": rows, "callbacks": [monitor]}
+    return tiny_run(folder) | {"callbacks": [DataDietCallback(every=2, share=1.0, rows=2, grand=True)]}

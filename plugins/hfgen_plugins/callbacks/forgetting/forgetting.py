@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfgen.kit import checks
+from hfgen.kit.examples import ROWS, tiny_run
 from hfgen.kit.monitor import Event, MonitorCallback, collated, labelled_logits, on_device, rank_batches, summed
 
 _DRAWS = 1000  # of the bootstrap
@@ -27,7 +28,8 @@ class ForgettingCallback(MonitorCallback):
     Metrics, under ``hfgen/forgetting/<skill>/``: ``loss`` (nats per label), ``accuracy`` (share of labels, or tokens,
     that the largest logit names), ``loss_rise`` (loss - loss at the start), ``drop`` (accuracy at the start - accuracy
     now, so a loss of skill is positive) with ``drop_low`` and ``drop_high``, its 95 % interval from 1000 paired
-    bootstrap draws over rows. Over skills: ``mean_drop`` with its interval, and ``worst_drop`` with an interval at
+    bootstrap draws over rows; ``worse`` and ``better`` (rows with fewer and with more right answers than then).
+    Over skills: ``mean_drop`` with its interval, and ``worst_drop`` with an interval at
     1 - 0.05 / skills, which holds although the worst was picked.
 
     There is a finding ``forgetting/<skill>`` when the drop is at least `min_drop` and an exact one-sided sign test over
@@ -114,7 +116,6 @@ class ForgettingCallback(MonitorCallback):
         level = 1 - 0.05 / len(self.skills)
         for number, (name, rows) in enumerate(self.skills.items()):
             now = row_scores(event.model, rows or [], size, event.args.device).cpu().numpy()
-            first = name not in self.start
             then = np.array(self.start.setdefault(name, now.tolist()))
             right, labels, loss = now.sum(0)
             if not labels:
@@ -127,13 +128,11 @@ class ForgettingCallback(MonitorCallback):
             found |= {f"{name}/loss": float(loss / labels), f"{name}/accuracy": float(right / labels)}
             found |= {f"{name}/loss_rise": float((loss - then[:, 2].sum()) / labels), f"{name}/drop": drop}
             found |= {f"{name}/drop_low": low, f"{name}/drop_high": high}
+            found |= {f"{name}/worse": int((now < then)[:, 0].sum()), f"{name}/better": int((now > then)[:, 0].sum())}
             mean += draws / len(self.skills)
             if drop > worst:
                 worst, (worst_low, worst_high) = drop, interval(draws, level)
-            if first:
-                self._since[name] = [event.state.global_step, -1]
-            else:
-                self._judge(name, event.state.global_step, drop, then[:, 0], now[:, 0], float(right / labels))
+        self.judge(event.state, found)
         drops = [found[f"{name}/drop"] for name in self.skills]
         low, high = interval(mean, 0.95)
         if self.history:
@@ -143,20 +142,25 @@ class ForgettingCallback(MonitorCallback):
             "worst_drop": worst, "worst_drop_low": worst_low, "worst_drop_high": worst_high,
         }  # fmt: skip
 
-    def _judge(self, name: str, step: int, drop: float, then: np.ndarray, now: np.ndarray, accuracy: float) -> None:
-        fine, since = self._since[name]
-        if drop < self.min_drop:
-            self._since[name] = [step, -1]
-            return
-        since = since if since >= 0 else step
-        self._since[name] = [fine, since]
-        p = sign_test(int((now < then).sum()), int((now > then).sum()))
-        if p <= self.alpha / len(self.skills):
-            sentence = (
-                f"The model forgets {name!r}: its accuracy there was {accuracy + drop:.1%} before training and is "
-                f"{accuracy:.1%} now."
-            )
-            self.finding(f"forgetting/{name}", since, 1 - p, sentence, _ADVICE.format(step=fine))
+    def judge(self, state: Any, row: dict[str, Any]) -> None:
+        """Makes the findings of a row of `history` measured at ``state.global_step``: of a log, with any thresholds."""
+        step = state.global_step
+        for name in self.skills:
+            fine, since = self._since.setdefault(name, [step, -1])
+            drop, accuracy = row[f"{name}/drop"], row[f"{name}/accuracy"]
+            if drop < self.min_drop:
+                self._since[name] = [step, -1]
+                continue
+            since = since if since >= 0 else step
+            self._since[name] = [fine, since]
+            p = sign_test(row[f"{name}/worse"], row[f"{name}/better"])
+            if p <= self.alpha / len(self.skills):
+                sentence = (
+                    f"The model forgets {name!r}: its accuracy there was {accuracy + drop:.1%} before training and is "
+                    f"{accuracy:.1%} now."
+                )
+                follow = ("overconfident", "loss_spike")
+                self.finding(f"forgetting/{name}", since, 1 - p, sentence, _ADVICE.format(step=fine), explains=follow)
 
 
 def read_rows(field: str, data: Any, most: int) -> list[dict[str, Any]]:
@@ -241,21 +245,5 @@ def sign_test(worse: int, better: int) -> float:
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is evaluated at every other step (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, eval_strategy="steps",
-        eval_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    monitor = ForgettingCallback({"even": rows[16::2], "odd": rows[17::2]}, rows=4)
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:], "callbacks": [monitor]
-    }  # fmt: skip
+    monitor = ForgettingCallback({"even": ROWS[16::2], "odd": ROWS[17::2]}, rows=4)
+    return tiny_run(folder, evaluate_every=2) | {"callbacks": [monitor]}

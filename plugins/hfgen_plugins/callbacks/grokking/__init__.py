@@ -25,8 +25,9 @@ CARD = MethodCard(
         "FSDP 1 without train=: the callback forwards training rows; FSDP 2 works",
     ),
     defaults=(
-        "fitted at 0.99, memorised below chance + 0.2, grokking from 0.05 above the lowest since, generalised at chance + "
-        "0.9 (1 - chance): our method sheet; to be calibrated on labelled runs"
+        "fitted at 0.99, memorised below chance + 0.5, grokking from 0.05 above the lowest since, generalised at chance + "
+        "0.9 (1 - chance): our method sheet, but for chance + 0.5, calibrated on half of the corpus "
+        "of labelled runs (EVIDENCE.md)"
     ),
     deviations=(
         "the paper names the phenomenon and plots it; the states, their thresholds and the area between the curves over "

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run, token_accuracy
 from hfgen.kit.measures import Probe, greater, probe_rows, share_above
 from hfgen.kit.monitor import Event, MonitorCallback, undisturbed
 
@@ -88,8 +87,9 @@ class GrokkingCallback(MonitorCallback):
     """Says whether a run has memorised its training rows, and when it generalises all the same.
 
     It rides on the user's evaluations. Metrics, under ``hfgen/grokking/``, at each: ``train`` and ``test`` (accuracies),
-    ``state`` (0 learning, 1 fitted, 2 memorised, 3 grokking, 4 grokked, 5 generalised), ``gap_area`` (integral of train -
-    test over log step) and, once both are reached, ``delay`` (steps to generalise / steps to fit).
+    ``rows`` (of the test set), ``state`` (0 learning, 1 fitted, 2 memorised, 3 grokking, 4 grokked, 5 generalised),
+    ``gap_area`` (integral of train - test over log step)
+    and, once both are reached, ``delay`` (steps to generalise / steps to fit).
 
     Findings: ``memorised`` (fitted, and the test rows near chance), ``grokking`` (test accuracy rising since) and
     ``grokked``. Confidence: of memorised the probability that the test accuracy is below chance + `near`, given so many
@@ -126,7 +126,7 @@ class GrokkingCallback(MonitorCallback):
         metric: str = "accuracy",
         chance: float = 0.0,
         fit: float = 0.99,
-        near: float = 0.2,
+        near: float = 0.5,
         rise: float = 0.05,
         high: float = 0.9,
         rows: int | None = None,
@@ -179,14 +179,23 @@ class GrokkingCallback(MonitorCallback):
                 self._seen[_TRAIN] = step, self._probe.accuracy(event.model), 1
         train, test = self._seen.get(self.train or _TRAIN), self._seen.get(self.test)
         if train and test and train[0] == test[0]:
-            self._keep(step, self._judge(step, train[1], test[1], max(1, test[2])))
+            self.fire()
+            row: dict[str, Any] = {"train": train[1], "test": test[1], "rows": max(1, test[2])}
+            now = self._reading(step, row)
+            self.judge(event.state, row)
+            row |= {"state": STATES.index(now.state), "gap_area": now.area}
+            self._keep(step, row if now.delay is None else row | {"delay": now.delay})
         return {}
 
-    def _judge(self, step: int, train: float, test: float, rows: int) -> dict[str, float]:
-        """The metrics of one evaluation, and what it shows."""
-        self.fire()
-        points = [(row["step"], row["train"], row["test"]) for row in self.history] + [(step, train, test)]
-        now = read(points, self.chance, self.fit, self.near, self.rise, self.high)
+    def _reading(self, step: int, row: dict[str, Any]) -> Reading:
+        points = [(past["step"], past["train"], past["test"]) for past in self.history]
+        points.append((step, row["train"], row["test"]))
+        return read(points, self.chance, self.fit, self.near, self.rise, self.high)
+
+    def judge(self, state: Any, row: dict[str, Any]) -> None:
+        """Makes the findings of a row of `history` measured at ``state.global_step``: of a log, with any thresholds."""
+        step, train, test, rows = state.global_step, row["train"], row["test"], row["rows"]
+        now = self._reading(step, row)
         below = 1 - share_above(test * rows, rows, self.chance + self.near)
         if now.state == "memorised":
             sentence = (
@@ -207,30 +216,10 @@ class GrokkingCallback(MonitorCallback):
                 f"training rows were fitted (step {now.fit})."
             )
             advice = "Less delay: more weight decay, more data, or a smaller initialisation."
-            self.finding("grokked", step, 1 - below, sentence, advice, level=logging.INFO)
-        found = {"train": train, "test": test, "state": STATES.index(now.state), "gap_area": now.area}
-        return found if now.delay is None else found | {"delay": now.delay}
+            follow = ("memorised", "grokking", "overfit", "overconfident")
+            self.finding("grokked", step, 1 - below, sentence, advice, logging.INFO, explains=follow)
 
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run with evaluations (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, learning_rate=1e-2, per_device_train_batch_size=8, max_steps=6, logging_steps=1, eval_strategy="steps",
-        eval_steps=2, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:],
-        "compute_metrics": lambda p: {"accuracy": float((p.predictions[:, :-1] == p.label_ids[:, 1:]).mean())},
-        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
-        "callbacks": [GrokkingCallback(chance=1 / 32)],
-    }  # fmt: skip
+    return tiny_run(folder, evaluate_every=2) | token_accuracy() | {"callbacks": [GrokkingCallback(chance=1 / 32)]}

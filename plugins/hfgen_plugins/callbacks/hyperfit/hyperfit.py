@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from hfgen.kit import checks
+from hfgen.kit.examples import ROWS, tiny_run
 from hfgen.kit.monitor import Event, MonitorCallback
 
 _LOG = logging.getLogger("hfgen.hyperfit")
@@ -326,21 +327,8 @@ def _departures(args: Any, model: nn.Module) -> list[str]:
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run in which the callback looks and stops (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, **{**hyperfit_args(), "learning_rate": 1e-2, "per_device_train_batch_size": 8}, max_steps=6,
-        logging_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
     monitor = HyperfitCallback(
-        stop_loss=None, held_out=rows[16:], every=2, sequences=4, length=12, context=4, new_tokens=8, window=6
+        stop_loss=None, held_out=ROWS[16:], every=2, sequences=4, length=12, context=4, new_tokens=8, window=6
     )
-    return {"model": model, "args": args, "train_dataset": rows[:16], "callbacks": [monitor]}
+    arguments = {**hyperfit_args(), "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    return tiny_run(folder, **arguments) | {"callbacks": [monitor]}

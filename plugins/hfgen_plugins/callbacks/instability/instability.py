@@ -19,12 +19,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.measures import Probe, probe_rows, share_above, summed_over_ranks
 from hfgen.kit.monitor import Event, MonitorCallback
 
 ATTENTION = "hfgen_instability"  # the name of the measuring attention function at the host
 _BLOCK = 2**22  # attention logits held at a time, 16 MiB
 _LOSSES = 40  # logged losses that are kept
+_EARLY, _AT_ONCE = 10, 2.0  # logged losses, and nats above the first of them
+_FOLLOW = (  # what a diverging run brings along
+    "loss_spike", "output_logits", "attention_logits", "blow_up", "adam_eps", "overconfident", "softmax_collapse", "overfit"
+)  # fmt: skip
 _LESS = "Lower the learning rate or warm it up for longer"
 
 
@@ -151,12 +156,13 @@ def crossing(steps: Sequence[int], values: Sequence[float], level: float) -> flo
 def deviation(losses: Sequence[float]) -> float:
     """How many robust deviations the last loss lies above the median of those before.
 
-    The deviation is 1.4826 times the median absolute deviation, at least 1 % of the median.
+    The deviation is 1.4826 times the median absolute deviation, at least 1 % of the median and a tenth of a nat: the
+    noise of a loss near 0, as of a run that has learnt, makes no spike.
     """
     *before, last = losses
     middle = statistics.median(before)
     spread = 1.4826 * statistics.median(abs(loss - middle) for loss in before)
-    return (last - middle) / max(spread, 0.01 * abs(middle), 1e-12)
+    return (last - middle) / max(spread, 0.01 * abs(middle), 0.1)
 
 
 class InstabilityCallback(MonitorCallback):
@@ -171,14 +177,16 @@ class InstabilityCallback(MonitorCallback):
     Findings: ``attention_logits`` (above `warn`), ``blow_up`` (they will pass `alarm` before the run ends, and no later
     than as many steps ahead as have been seen), ``output_logits`` (log Z has moved by more than `drift`), ``adam_eps``
     (half the parameters), ``loss_spike`` (a logged loss more than `spike` robust deviations above the last 20) and
-    ``divergence`` (the last 10 logged losses lie above the first). Confidence: 1 for what is measured exactly; of
+    ``divergence`` (the last 20 logged losses lie above the first, by more than `worse` unless a
+    nat had been gained before; or one of the first 10 lies 2 nats above it). Confidence: 1 for what is measured exactly; of
     blow_up the predictive probability; of a spike 1 - 1 / deviations^2 (Chebyshev); of divergence the probability that
-    losses above the first are the majority (uniform prior).
+    losses above the first are the majority (uniform prior), at once 1 - exp(-rise), a score.
 
     Args:
         warn, alarm: Attention logits.
         drift: Nats of log Z from the first look.
         spike: Robust deviations.
+        worse: Nats of the logged loss.
         confidence: How sure a predicted blow-up must be.
         window: Looks the prediction is fitted to, 4 or more.
         every: Optimizer steps between looks.
@@ -203,7 +211,8 @@ class InstabilityCallback(MonitorCallback):
         warn: float = 1e3,
         alarm: float = 1e4,
         drift: float = 20.0,
-        spike: float = 10.0,
+        spike: float = 6.0,
+        worse: float = 0.3,
         confidence: float = 0.95,
         window: int = 10,
         every: int = 100,
@@ -212,7 +221,7 @@ class InstabilityCallback(MonitorCallback):
         trainer: Any = None,
     ) -> None:
         owner = type(self).__name__
-        for field, value in (("warn", warn), ("drift", drift), ("spike", spike)):
+        for field, value in (("warn", warn), ("drift", drift), ("spike", spike), ("worse", worse)):
             checks.number(owner, field, value, low=0.0)
         checks.number(owner, "alarm", alarm, low=warn)
         checks.number(owner, "confidence", confidence, low=0.0, high=1.0)
@@ -222,24 +231,27 @@ class InstabilityCallback(MonitorCallback):
         checks.integer(owner, "tokens", tokens, low=1)
         super().__init__(every, trainer)
         self.warn, self.alarm, self.drift, self.spike, self.confidence = warn, alarm, drift, spike, confidence
-        self.window, self.rows, self.tokens = window, rows, tokens
+        self.worse, self.window, self.rows, self.tokens = worse, window, rows, tokens
         self._probe: Probe
         self._rms: Tensor | None = None
         self._sizes: list[int] = []
         self._losses: list[float] = []
+        self._above: int | None = None  # the step from which on all logged losses count as lost
+        self._gained = False  # whether a logged loss was a nat below the first
 
     def arguments(self) -> dict[str, Any]:
-        fields = ("warn", "alarm", "drift", "spike", "confidence", "window", "rows", "tokens")
+        fields = ("warn", "alarm", "drift", "spike", "worse", "confidence", "window", "rows", "tokens")
         return super().arguments() | {field: getattr(self, field) for field in fields}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses)}
+        return {"losses": list(self._losses), "above": self._above, "gained": self._gained}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._losses = list(state["losses"])
+        self._losses, self._above = list(state["losses"]), state.get("above")
+        self._gained = state.get("gained", False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._rms, self._losses = None, []
+        self._rms, self._losses, self._above, self._gained = None, [], None, False
         super().on_train_begin(args, state, control, **kwargs)
 
     def begin(self, event: Event) -> None:
@@ -261,7 +273,7 @@ class InstabilityCallback(MonitorCallback):
             self.fire()
         found |= _largest(attention) | self._gradient(event)
         found = {key: value for key, value in found.items() if math.isfinite(value)}
-        self._judge(event.state, found)
+        self.judge(event.state, found)
         return found
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -295,7 +307,8 @@ class InstabilityCallback(MonitorCallback):
 
     # --- what it means ----------------------------------------------------------------------------------------------
 
-    def _judge(self, state: Any, found: dict[str, float]) -> None:
+    def judge(self, state: Any, found: dict[str, Any]) -> None:
+        """Makes the findings of a row of `history` measured at ``state.global_step``: of a log, with any thresholds."""
         step = state.global_step
         if (largest := found.get("attn_logit_max", 0.0)) > self.warn:
             far = "runs that pass 10,000 have been seen to diverge" if largest <= self.alarm else "expect divergence"
@@ -354,15 +367,25 @@ class InstabilityCallback(MonitorCallback):
                 "loss_spike", step, 1 - far**-2,
                 f"Loss spike: the training loss jumped to {loss:.3g} at step {step}, from about "
                 f"{statistics.median(recent[:-1]):.3g}.",
-                f"{_LESS}, lower max_grad_norm, or look at the rows of this step.",
+                f"{_LESS}, lower max_grad_norm, or look at the rows of this step.", explains=("overconfident",),
             )  # fmt: skip
-        last = self._losses[-10:]
-        if len(self._losses) > 20 and all(value > first for value in last):
+        if len(self._losses) <= _EARLY and loss > first + _AT_ONCE:
             self.finding(
-                "divergence", step, share_above(len(last), len(last), 0.5),
+                "divergence", step, 1 - math.exp(first - loss),
+                f"The run diverges at once: the training loss rose from {first:.3g} to {loss:.3g} within its first "
+                f"{len(self._losses)} logged values.",
+                f"The learning rate is too high. {_LESS}.", explains=_FOLLOW,
+            )  # fmt: skip
+        self._gained = self._gained or loss < first - 1
+        level, last = first + self.worse * (not self._gained), self._losses[-20:]
+        self._above = None if loss <= level else step if self._above is None else self._above
+        if len(self._losses) > 20 and self._above is not None and all(value > level for value in last):
+            self.finding(
+                "divergence", self._above, share_above(len(last), len(last), 0.5),
                 f"The run diverges: the last {len(last)} logged losses ({statistics.median(last):.3g}) lie above the first "
                 f"({first:.3g}).",
                 f"The learning rate is too high. {_LESS}.",
+                explains=_FOLLOW,
             )  # fmt: skip
 
 
@@ -384,18 +407,4 @@ def _largest(attention: Attention) -> dict[str, float]:
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is looked at (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(16)]
-    args = TrainingArguments(
-        folder, learning_rate=1e-2, per_device_train_batch_size=8, max_steps=6, logging_steps=1, use_cpu=True,
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {"model": model, "args": args, "train_dataset": rows, "callbacks": [InstabilityCallback(every=2)]}
+    return tiny_run(folder, layers=2) | {"callbacks": [InstabilityCallback(every=2)]}

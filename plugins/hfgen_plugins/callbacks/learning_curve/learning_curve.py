@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.monitor import Event, MonitorCallback
 
 _LOG = logging.getLogger("hfgen.learning_curve")
@@ -244,22 +245,5 @@ class LearningCurveCallback(MonitorCallback):
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run whose curve is fitted (for the conformance kit)."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=8, max_steps=8,
-        logging_steps=1, eval_strategy="steps", eval_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:],
-        "callbacks": [LearningCurveCallback()],
-    }  # fmt: skip
+    run = tiny_run(folder, evaluate_every=1, max_steps=8, lr_scheduler_type="constant")
+    return run | {"callbacks": [LearningCurveCallback()]}

@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.monitor import Event, MonitorCallback
 
 _POINTS = 32  # evaluations the test takes at most; more are averaged in pairs
@@ -30,13 +30,14 @@ class OverfitGapCallback(MonitorCallback):
 
     The test (see `p_value`): the null hypothesis is a validation loss whose mean never rises; the statistic is the
     largest studentised contrast of the last evaluations with a stretch before them. There is a finding ``overfit`` when
-    the p-value is at most `alpha`, the rise at least `min_rise`, and the training loss lower than at the lowest
-    validation loss; its step is that of the lowest validation loss, its confidence 1 - p-value. When both losses rise it
-    is no overfitting, and nothing is said. A loss that is no finite number is a finding ``diverged``.
+    the p-value is at most `alpha`, the rise at least `min_rise` and `min_nats`, and the training loss lower than
+    at the lowest validation loss; its step is that of the lowest validation loss, its confidence 1 - p-value. When both
+    losses rise it is no overfitting, and nothing is said. A loss that is no finite number is a finding ``diverged``.
 
     Args:
         alpha: Largest p-value of a finding.
         min_rise: Smallest rise over the lowest validation loss of a finding, relative to it.
+        min_nats: The same in nats, so that a loss near 0 that wavers is none.
         min_evaluations: Evaluations before the first test.
         trainer: See `MonitorCallback`.
 
@@ -51,21 +52,28 @@ class OverfitGapCallback(MonitorCallback):
     looks_first = False
 
     def __init__(
-        self, alpha: float = 0.01, min_rise: float = 0.02, min_evaluations: int = 5, trainer: Any = None
+        self,
+        alpha: float = 0.01,
+        min_rise: float = 0.05,
+        min_nats: float = 0.03,
+        min_evaluations: int = 5,
+        trainer: Any = None,
     ) -> None:
         checks.number("OverfitGapCallback", "alpha", alpha, low=0.0, high=1.0)
-        checks.number("OverfitGapCallback", "min_rise", min_rise, low=0.0)
+        for field, value in (("min_rise", min_rise), ("min_nats", min_nats)):
+            checks.number("OverfitGapCallback", field, value, low=0.0)
         checks.integer("OverfitGapCallback", "min_evaluations", min_evaluations, low=4)
         super().__init__(None, trainer)
-        self.alpha, self.min_rise, self.min_evaluations = alpha, min_rise, min_evaluations
+        self.alpha, self.min_rise, self.min_nats, self.min_evaluations = alpha, min_rise, min_nats, min_evaluations
         self._reset()
 
     def _reset(self) -> None:
         self.curves: dict[str, list[tuple[int, float, float | None]]] = {}  # per set: step, validation, training loss
         self._logged: list[tuple[int, int, float]] = []  # after which step, up to which, mean training loss
+        self._began = 0
 
     def arguments(self) -> dict[str, Any]:
-        return {field: getattr(self, field) for field in ("alpha", "min_rise", "min_evaluations")}
+        return {field: getattr(self, field) for field in ("alpha", "min_rise", "min_nats", "min_evaluations")}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -132,12 +140,13 @@ class OverfitGapCallback(MonitorCallback):
         self.fire()
         p = found["p_value"] = p_value([point[1] for point in curve])
         falls = train is not None and best_train is not None and train < best_train
-        if p <= self.alpha and rise >= self.min_rise and falls:
+        if p <= self.alpha and rise >= self.min_rise and loss - best >= self.min_nats and falls:
             sentence = (
                 f"The model overfits: the validation loss{_of(dataset)} was lowest ({best:.4g}) at step {best_step} and "
                 f"has risen by {rise:.1%} while the training loss went on falling to {train:.4g}."
             )
-            self.finding(f"overfit{name}", best_step, 1 - p, sentence, _ADVICE.format(step=best_step))
+            advice = _ADVICE.format(step=best_step)
+            self.finding(f"overfit{name}", best_step, 1 - p, sentence, advice, explains=("overconfident", "memorised"))
         return found
 
 
@@ -190,27 +199,15 @@ def p_value(losses: list[float]) -> float:
     (1 + draws at least as large) / (1 + draws), with 999 draws that depend on the number of evaluations only. Of more
     than 32 evaluations neighbours are averaged.
     """
+    return _p_value(tuple(losses))
+
+
+@functools.lru_cache(2**14)  # a log that is judged again with other thresholds asks the same again
+def _p_value(losses: tuple[float, ...]) -> float:
     values = thinned(np.asarray(losses, dtype=np.float64))
     return float((1 + (_null(len(values)) >= rise_statistic(values)).sum()) / (1 + _DRAWS))
 
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is evaluated at every step (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, eval_strategy="steps",
-        eval_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    monitor = OverfitGapCallback(min_evaluations=4)
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:], "callbacks": [monitor]
-    }  # fmt: skip
+    return tiny_run(folder, evaluate_every=1) | {"callbacks": [OverfitGapCallback(min_evaluations=4)]}

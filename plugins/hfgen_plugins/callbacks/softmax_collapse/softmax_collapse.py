@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.measures import Probe, probe_rows, share_above, summed_over_ranks
 from hfgen.kit.monitor import Event, MonitorCallback
 
@@ -62,7 +63,7 @@ class SoftmaxCollapseCallback(MonitorCallback):
 
     def __init__(
         self,
-        threshold: float = 0.5,
+        threshold: float = 0.2,
         confidence: float = 0.95,
         on_collapse: str = "warn",
         loss: str = "softmax",
@@ -105,12 +106,17 @@ class SoftmaxCollapseCallback(MonitorCallback):
         if not count:
             return {}
         self.fire()
-        self._judge(event, zero, count)
-        return {
+        found = {
             "rate": collapsed / count, "zero_loss": zero / count, "logit_scale": scale / count, "tokens": int(count)
         }  # fmt: skip
+        self.judge(event.state, found)
+        if self.findings and self.on_collapse == "stop":
+            event.control.should_training_stop = True
+        return found
 
-    def _judge(self, event: Event, zero: float, count: float) -> None:
+    def judge(self, state: Any, row: dict[str, Any]) -> None:
+        """Makes the findings of a row of `history` measured at ``state.global_step``: of a log, with any thresholds."""
+        zero, count = row["zero_loss"] * row["tokens"], row["tokens"]
         sure = share_above(zero, count, self.threshold)
         if sure < self.confidence:
             return
@@ -118,9 +124,8 @@ class SoftmaxCollapseCallback(MonitorCallback):
             f"Softmax collapse: {zero / count:.0%} of the training tokens looked at are predicted with a probability that "
             "is rounded to exactly 1; their loss is 0 and they no longer teach the model."
         )
-        self.finding("softmax_collapse", event.state.global_step, sure, sentence, ADVICE[self.loss])
-        if self.on_collapse == "stop":
-            event.control.should_training_stop = True
+        follow = ("output_logits", "adam_eps", "overfit", "overconfident", "memorised")
+        self.finding("softmax_collapse", state.global_step, sure, sentence, ADVICE[self.loss], explains=follow)
 
 
 def collapse_counts(logits: Tensor, targets: Tensor, loss: str = "softmax") -> Tensor:
@@ -140,20 +145,7 @@ def collapse_counts(logits: Tensor, targets: Tensor, loss: str = "softmax") -> T
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run in which some tokens have collapsed (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
+    run = tiny_run(folder)
     with torch.no_grad():
-        model.lm_head.weight.mul_(300)  # logits far apart
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(16)]
-    args = TrainingArguments(
-        folder, learning_rate=1e-2, per_device_train_batch_size=8, max_steps=6, logging_steps=1, use_cpu=True,
-        report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {"model": model, "args": args, "train_dataset": rows, "callbacks": [SoftmaxCollapseCallback(every=2)]}
+        run["model"].lm_head.weight.mul_(300)  # logits far apart
+    return run | {"callbacks": [SoftmaxCollapseCallback(every=2)]}

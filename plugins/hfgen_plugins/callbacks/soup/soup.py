@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hfgen.kit import checks
+from hfgen.kit.examples import tiny_run
 from hfgen.kit.monitor import (
     Event,
     MonitorCallback,
@@ -278,21 +279,4 @@ def gate_loss(model: Any, loader: Any, rows: int, size: int, device: Any) -> flo
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run that is evaluated at every step (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=1, eval_strategy="steps",
-        eval_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": rows[16:],
-        "callbacks": [SoupCallback("uniform", rows=4)],
-    }  # fmt: skip
+    return tiny_run(folder, evaluate_every=1) | {"callbacks": [SoupCallback("uniform", rows=4)]}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hfgen.kit import checks
+from hfgen.kit.examples import ROWS, tiny_run, token_accuracy
 from hfgen.kit.measures import Probe, greater
 from hfgen.kit.monitor import Event, MonitorCallback
 
@@ -119,8 +120,8 @@ class StabilityGapCallback(MonitorCallback):
     e steps a window of W is W e steps. Source: De Lange et al. 2023, section 3 (min-ACC, WC-ACC, WF, WP).
 
     Finding ``stability_gap``: the accuracy on an ended task fell by more than `fall` within 100 steps. Finding
-    ``forgetting``: it is that much lower later. Confidence: probability that the accuracy is lower at all, given as
-    many rows (two proportions).
+    ``forgetting``: it is that much lower later. Their step is the task's end. Confidence: probability that the
+    accuracy is lower at all, given as many rows (two proportions).
 
     Args:
         tasks: Names of the tasks in the order of training: keys of the dictionary ``eval_dataset``.
@@ -310,28 +311,13 @@ class StabilityGapCallback(MonitorCallback):
             "back.",
             "Replay rows of earlier tasks, lower the learning rate, or train an adapter per task.",
         )  # fmt: skip
-        self.finding("stability_gap" if early else "forgetting", step, sure, sentence, advice)
+        follow = ("overfit", "overconfident", "loss_spike", "divergence", *(["forgetting"] if early else []))
+        kind = "stability_gap" if early else "forgetting"
+        self.finding(kind, track.end, sure, sentence, advice, explains=follow)
 
 
 def example(folder: str) -> dict[str, Any]:
     """Keyword arguments of a tiny Trainer run of two tasks with evaluations (for the conformance kit)."""
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )
-    )  # fmt: skip
-    rows = [{"input_ids": (ids := [(7 * i + j * j) % 32 for j in range(16)]), "labels": ids} for i in range(24)]
-    args = TrainingArguments(
-        folder, learning_rate=1e-2, per_device_train_batch_size=8, max_steps=6, logging_steps=1, eval_strategy="steps",
-        eval_steps=1, use_cpu=True, report_to="none", disable_tqdm=True,
-    )  # fmt: skip
-    return {
-        "model": model, "args": args, "train_dataset": rows[:16], "eval_dataset": {"a": rows[:8], "b": rows[16:]},
-        "compute_metrics": lambda p: {"accuracy": float((p.predictions[:, :-1] == p.label_ids[:, 1:]).mean())},
-        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1),
-        "callbacks": [StabilityGapCallback(["a", "b"], ends=[2], windows=[2, 3])],
-    }  # fmt: skip
+    monitor = StabilityGapCallback(["a", "b"], ends=[2], windows=[2, 3])
+    tasks = {"eval_dataset": {"a": ROWS[:8], "b": ROWS[16:]}, "callbacks": [monitor]}
+    return tiny_run(folder, evaluate_every=1) | token_accuracy() | tasks

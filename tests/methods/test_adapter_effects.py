@@ -6,11 +6,10 @@ They tell right code from wrong; they rank nothing.
 import pytest
 import torch
 from peft import get_peft_model
+from sklearn import datasets
 from torch import nn
 
 from hfgen.adapters import LoLDUConfig, SVFitConfig
-
-datasets = pytest.importorskip("sklearn.datasets")
 
 
 @pytest.fixture(scope="module")

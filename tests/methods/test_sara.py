@@ -608,7 +608,8 @@ def test_the_smallest_fifth_of_the_sandbox_model_does_nothing():
 
 def test_the_smallest_fifth_of_a_digits_classifier_does_nothing():
     """Five seeds: the mean change is below a point; training only that fifth learns turned digits (sheet 4.6)."""
-    datasets = pytest.importorskip("sklearn.datasets")
+    from sklearn import datasets
+
     images, labels = datasets.load_digits(return_X_y=True)
     x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
     turned = torch.rot90(x.view(-1, 8, 8), 1, (1, 2)).flatten(1)

@@ -223,9 +223,9 @@ def section() -> str:
         "(median); left: of the run after it; near: findings whose step is within 10 % of the run of the truth.",
         "",
         "Some rules were settled while looking at the runs made until then, so at part of the reported half too, and are "
-        "not blind: the floors of 0.03 nats of a rise and of 0.1 nats of a spike, the 2 nats of a divergence at once and its "
-        "window of 20 losses, the gain of 1 nat, and softmax_collapse's 0.2 (equal detections, found earlier). No monitor "
-        "names label noise; at best it is seen as overfitting. Tiny runs: what holds here need not hold for yours.",
+        "not blind: the floors of 0.03 nats of a rise and of 0.1 nats of a spike, the 2 nats of a divergence at once and "
+        "its window of 20 losses, the gain of 1 nat, and softmax_collapse's 0.2 (equal detections, found earlier). No "
+        "monitor names label noise; at best it is seen as overfitting. Tiny runs: what holds here need not hold for yours.",
         "",
         "| monitor | finding | label | threshold | AUC | false alarms | detected | late | left | near |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,6 +1,6 @@
 """Weight-only quantizers on transformers' HfQuantizer: a method turns one weight into codes, scales and outliers.
 
-What this base gives every method: the packed 2, 3, 4 and 8 bit linear layer with its gradient, loading one tensor at a
+What this base gives every method: the packed linear layer of 2 to 8 bit (`hfgen.kit.packing`), loading one tensor at a
 time, true packed checkpoints, `model.dequantize()`, adapters that train and merge on top, Conv1D, heads and tied
 embeddings kept in float, and an account of everything that was left in float.
 
@@ -15,272 +15,45 @@ import difflib
 import functools
 import logging
 import sys
-import warnings
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.utils.quantization_utils import QuantizationBackend
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import _assign_is_quantized
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfgen import catalog
 from hfgen.kit import checks
+from hfgen.kit.packing import (
+    FEW,
+    WIDTHS,
+    Columns,
+    Packed,
+    PackedMatmul,
+    Quantized,
+    bag_kernel,
+    pack,
+    packed_shape,
+)
 
 logger = logging.getLogger("hfgen")
 
-FORMAT = 1  # of the `hfgen` block in config.json; readers accept every number up to this one
-BLOCKS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of one block
-CHUNK = 2**19  # weights made dense at a time: 4 bytes each, which stay in a CPU's cache (32 times as many elsewhere)
-KERNELS = {2: "2bit", 4: "4bit", 8: "byte"}  # bits -> torch's CPU kernels for rows of codes that end in scale and bias
-TAIL = {2: torch.float16, 4: torch.float16, 8: torch.float32}  # bits -> dtype of that scale and bias
-FEW = 4  # tokens up to which `Columns` is faster than making the weight dense
+FORMAT = 2  # of the `hfgen` block in config.json; readers accept every number up to this one
 TRIM = 2**20  # weights of a layer from which on freed memory is given back after it
 HEADS = ("classifier", "score", "qa_outputs", "lm_head")  # heads of models whose base has no attribute of its own
-
-
-# --- codes and bytes ------------------------------------------------------------------------------------------------
-
-
-def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, ...]:
-    """Shape of the packed codes of a (rows, columns) weight: (rows, bytes), or (rows, bytes, 1) where bytes = columns.
-
-    So it never equals the plain weight's (nor its transpose's, which Conv1D stores): without the plugin a host refuses
-    the checkpoint by shape, where it would otherwise read codes as weights.
-    """
-    codes, size = BLOCKS[bits]
-    width = -(-columns // codes) * size
-    return (rows, width, 1) if width == columns else (rows, width)
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (rows, columns), each below 2**bits -> uint8 of `packed_shape`.
-
-    Little-endian within a block: 4 bit has the even column in the low nibble, 3 bit has 8 codes in 3 bytes. Odd widths
-    are padded with the code of 0.
-    """
-    per_block, size = BLOCKS[bits]
-    rows, columns = codes.shape
-    padded = F.pad(codes, (0, -columns % per_block), value=2 ** (bits - 1)).reshape(rows, -1, per_block)
-    kind = torch.uint8 if size == 1 else torch.int32
-    word = torch.zeros(padded.shape[:2], dtype=kind, device=codes.device)
-    for i in range(per_block):
-        word |= padded[..., i].to(kind) << (bits * i)
-    packed = torch.stack([(word >> (8 * i)) & 255 for i in range(size)], dim=-1).to(torch.uint8)
-    return packed.reshape(packed_shape(rows, columns, bits))
-
-
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: uint8 codes (rows, columns)."""
-    per_block, size = BLOCKS[bits]
-    blocks = packed.reshape(packed.shape[0], -1, size)
-    word = blocks[..., 0]
-    if size > 1:
-        word = sum((blocks[..., i].to(torch.int32) << (8 * i) for i in range(1, size)), word.to(torch.int32))
-    codes = [(word >> (bits * i)) & (2**bits - 1) for i in range(per_block)] if per_block > 1 else [word]
-    return torch.stack(codes, dim=-1).to(torch.uint8).flatten(1)[:, :columns]
-
-
-def levels(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """code - 2**(bits - 1) in float32 (rows, columns), in memory of its own.
-
-    A CPU has a kernel; on CUDA whole bytes are looked up (other devices have no 8 or 16 byte numbers to gather).
-    """
-    if bits in KERNELS and packed.device.type == "cpu":
-        one = torch.ones(packed.shape[0], 1, dtype=torch.float16)
-        return _affine(packed, one, bits)[:, :columns].contiguous()
-    if bits not in (2, 4) or packed.device.type != "cuda":
-        return unpack(packed, bits, columns).to(torch.float32).sub_(2 ** (bits - 1))
-    return _looked_up(packed, bits)[:, :columns].contiguous()
-
-
-def _affine(packed: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """scale * (code - 2**(bits - 1)) in float32, padding included, on a CPU; scale float16 (rows, 1).
-
-    Exact: a product of 11 and at most 8 bits. inf where scale * 2**(bits - 1) does not fit `TAIL`.
-    """
-    kernel = getattr(torch.ops.quantized, f"embedding_bag_{KERNELS[bits]}_unpack")
-    found: Tensor = kernel(torch.cat([packed.flatten(1), _tail(scale, bits)], dim=1))
-    return found
-
-
-def _tail(scale: Tensor, bits: int) -> Tensor:
-    """The bytes of scale and bias (rows, 4 or 8)."""
-    parts = torch.tensor([1, -(2 ** (bits - 1))], dtype=TAIL[bits])
-    return (scale.to(TAIL[bits]) * parts).view(torch.uint8)
-
-
-def _looked_up(packed: Tensor, bits: int) -> Tensor:
-    """`levels` of whole bytes, padding included: about twice as fast as shifts and masks."""
-    found = _table(bits, packed.device).index_select(0, packed.flatten().to(torch.int32))
-    return found.view(torch.float32).view(packed.shape[0], -1)
-
-
-@functools.lru_cache
-def _table(bits: int, device: torch.device) -> Tensor:
-    """The levels of each of the 256 bytes; the 2 or 4 float32 of a byte are seen as one number."""
-    byte = torch.arange(256)
-    codes = torch.stack([(byte >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=1)
-    whole = torch.float64 if bits == 4 else torch.complex128
-    return (codes - 2 ** (bits - 1)).to(torch.float32).view(whole).flatten().to(device)
-
-
-class Quantized(NamedTuple):
-    """One weight (m, n): W = scale * (code - 2**(bits - 1)), and `values` at the flat row-major `positions`.
-
-    `codes` uint8 (m, n), `scale` float16 (m, G); `positions` int32 (nnz) ascending, `values` float16 or bfloat16 (nnz),
-    both None for methods without outliers.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    positions: Tensor | None = None
-    values: Tensor | None = None
-
-
-class Packed(NamedTuple):
-    """`Quantized` with packed codes, and what it takes to read them."""
-
-    codes: Tensor
-    scale: Tensor
-    positions: Tensor | None
-    values: Tensor | None
-    bits: int
-    columns: int
-
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of W, computed in float32 and rounded once to `dtype`."""
-        codes, scale = self.codes[start:stop], self.scale[start:stop]
-        # Within float16 the kernel can multiply as it unpacks, and rounds nothing that a product afterwards would not.
-        folds = self.bits in KERNELS and codes.device.type == "cpu" and scale.shape[1] == 1
-        if folds and bool(scale.max() <= 2.0**15 / 2**self.bits):
-            weight = _affine(codes, scale, self.bits)[:, : self.columns].contiguous()
-        else:
-            weight = levels(codes, self.bits, self.columns).view(stop - start, scale.shape[1], -1)
-            weight = weight.mul_(scale[:, :, None].float()).view(stop - start, self.columns)
-        if self.positions is not None and self.values is not None:
-            inside = self.outliers(start, stop)
-            weight.view(-1).scatter_(
-                0, self.positions[inside].long() - start * self.columns, self.values[inside].float()
-            )
-        return weight.to(dtype)
-
-    def outliers(self, start: int, stop: int) -> slice:
-        """Those of the rows [start, stop)."""
-        if self.positions is None or (start == 0 and stop == self.codes.shape[0]):
-            return slice(None)
-        index = self.positions
-        bounds = torch.tensor([start * self.columns, stop * self.columns], dtype=index.dtype, device=index.device)
-        return slice(*torch.searchsorted(index, bounds).tolist())
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most `CHUNK` weights (one row at least)."""
-        rows = self.codes.shape[0]
-        size = CHUNK if self.codes.device.type == "cpu" else 32 * CHUNK
-        step = max(1, size // max(1, self.columns))
-        for start in range(0, rows, step):
-            yield start, min(start + step, rows)
-
-
-class PackedMatmul(torch.autograd.Function):
-    """y = x W^T with a gradient to x only. W is made again in backward, so nothing dense is kept in between."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *parts: Any) -> Tensor:
-        packed = Packed(*parts)
-        ctx.save_for_backward(*parts[:4])
-        ctx.form = parts[4:]
-        y = x.new_empty(*x.shape[:-1], packed.codes.shape[0])
-        for start, stop in packed.chunks():
-            y[..., start:stop] = F.linear(x, packed.rows(start, stop, x.dtype))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        packed = Packed(*ctx.saved_tensors, *ctx.form)
-        wide = torch.promote_types(grad.dtype, torch.float32)  # chunks add up without rounding in between
-        out = grad.new_zeros(*grad.shape[:-1], packed.columns, dtype=wide)
-        for start, stop in packed.chunks():
-            out += grad[..., start:stop] @ packed.rows(start, stop, grad.dtype)
-        return (out.to(grad.dtype), *[None] * 6)
-
-
-@functools.cache
-def _bag_kernel(bits: int) -> Any:
-    """torch's embedding bag over quantised rows; None where it is missing or slow (it is fast in x86 builds)."""
-    engines = torch.backends.quantized.supported_engines
-    if bits not in KERNELS or "fbgemm" not in engines or not torch.backends.mkl.is_available():
-        return None
-    return getattr(torch.ops.quantized, f"embedding_bag_{KERNELS[bits]}_rowwise_offsets").default
-
-
-class Columns(NamedTuple):
-    """A packed weight by columns, for few tokens on a CPU: y = sum over k of x[k] W[:, k], without a dense W.
-
-    torch's embedding bag over quantised rows is that sum, computed in float32 from the codes. It costs the packed codes
-    once more (and 4 or 8 bytes a column), so it is made only for inference and kept only until training or saving.
-    """
-
-    table: Tensor  # uint8 (n, bytes of m codes + tail)
-    sparse: Tensor | None  # outliers, float32 CSR (m, n)
-    source: weakref.ref[Tensor]  # the layer's codes, to see that it still has them
-
-    @classmethod
-    def of(cls, packed: Packed, source: Tensor) -> Columns:
-        rows, bits = packed.codes.shape[0], packed.bits
-        zero, per_byte = 2 ** (bits - 1), 8 // bits
-        one = torch.ones(packed.columns, 1, dtype=torch.float16)
-        table = torch.empty(packed.columns, -(-rows // per_byte), dtype=torch.uint8)
-        step = max(per_byte, CHUNK // packed.columns // per_byte * per_byte)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            codes = unpack(packed.codes[start:stop], bits, packed.columns).contiguous()
-            if packed.positions is not None:
-                inside = packed.positions[packed.outliers(start, stop)].long() - start * packed.columns
-                codes.view(-1)[inside] = zero
-            table[:, start // per_byte : -(-stop // per_byte)] = pack(codes.T, bits).flatten(1)
-        return cls(torch.cat([table, _tail(one, bits)], dim=1), _csr(packed), weakref.ref(source))
-
-    def linear(self, x: Tensor, scale: Tensor, bits: int) -> Tensor:
-        """x W^T (..., m) in the dtype of x, computed in float32; x (..., n), scale (m, G)."""
-        (rows, groups), columns = scale.shape, self.table.shape[0]
-        tokens = x.reshape(-1, columns).float()
-        index, offsets = _bags(tokens.shape[0], columns, groups)
-        sums = _bag_kernel(bits)(self.table, index, offsets, False, 0, False, tokens.view(-1))[:, :rows]
-        y = sums * scale.T if groups == 1 else (sums.view(-1, groups, rows) * scale.T).sum(1)
-        if self.sparse is not None:
-            y += self.sparse.mv(tokens[0]) if len(tokens) == 1 else (self.sparse @ tokens.T).T
-        return y.to(x.dtype).view(*x.shape[:-1], rows)
-
-
-@functools.lru_cache
-def _bags(tokens: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Indices and offsets of a bag per token and group."""
-    index = torch.arange(columns, dtype=torch.int32).repeat(tokens)
-    return index, torch.arange(0, tokens * columns, columns // groups, dtype=torch.int32)
-
-
-def _csr(packed: Packed) -> Tensor | None:
-    """The outliers as a sparse matrix (m, n) in float32."""
-    index, values, n = packed.positions, packed.values, packed.columns
-    if index is None or values is None or not len(index):
-        return None
-    starts = torch.searchsorted(index.long(), torch.arange(packed.codes.shape[0] + 1) * n)
-    with warnings.catch_warnings():  # torch says that CSR is in beta
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(
-            starts.int(), index % n, values.float(), (packed.codes.shape[0], n), check_invariants=False
-        )
+# Beside `weight`: the tensors a layer may hold, and what their floating dtypes are protected from (casts of the model).
+PARTS = ("weight_scale", "weight_zero", "weight_table", "outlier_idx", "outlier_val")
+EXACT = ("weight_scale", "weight_table", "outlier_val")
 
 
 # --- the layer ------------------------------------------------------------------------------------------------------
@@ -339,15 +112,19 @@ def plain(tensor: Tensor) -> Tensor:
 class PackedLinear(nn.Linear):
     """A frozen linear layer that holds W as packed codes: y = x W^T + b.
 
-    Tensors: `weight` uint8 (`packed_shape`), `weight_scale` float16 (m, G) and, for methods with outliers,
-    `outlier_idx` int32 (nnz) and `outlier_val` (nnz). An nn.Linear subclass, because peft dispatches on that.
+    Tensors: `weight` uint8 (`packed_shape`), `weight_scale` float16 (m, G) and, as the method has them, `weight_zero`
+    uint8 (m, G), `weight_table` float32 (2**bits), `outlier_idx` int32 (nnz) and `outlier_val` (nnz). An nn.Linear
+    subclass, because peft dispatches on that.
 
     Args:
-        config: The method's config: it gives bits and groups, and quantises again after a merge.
+        config: The layer's own config (`PackedConfig.for_layer`): it gives bits and groups, and quantises again after a
+            merge.
         transposed: The layer replaces a Conv1D, whose plain weight is (n, m).
     """
 
     weight_scale: Tensor
+    weight_zero: Tensor | None
+    weight_table: Tensor | None
     outlier_idx: Tensor | None
     outlier_val: Tensor | None
     _columns: Columns | None = None
@@ -369,8 +146,29 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(codes, requires_grad=False)
         groups = 1 if config.group_size is None else in_features // config.group_size
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=torch.float16, device=device))
-        for name, kind in (("outlier_idx", torch.int32), ("outlier_val", torch.float16)):
-            self.register_buffer(name, torch.empty(0, dtype=kind, device=device) if config.has_outliers else None)
+        for name, there, shape, kind in (
+            ("weight_zero", config.has_zeros, (out_features, groups), torch.uint8),
+            ("weight_table", config.has_table, (2**config.bits,), torch.float32),
+            ("outlier_idx", config.has_outliers, (0,), torch.int32),
+            ("outlier_val", config.has_outliers, (0,), torch.float16),
+        ):
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device) if there else None)
+
+    @classmethod
+    def of(cls, linear: nn.Module, config: PackedConfig, found: Quantized) -> PackedLinear:
+        """The packed form of a Linear or Conv1D, whose bias it takes over; `found` is what became of its weight."""
+        m, n = found.codes.shape
+        new = cls(n, m, linear.bias is not None, config, isinstance(linear, Conv1D), "meta", linear.weight.dtype)
+        new.bias = linear.bias
+        new.hold(found)
+        return new.train(linear.training)
+
+    def hold(self, found: Quantized) -> None:
+        """Take another weight's codes."""
+        self._columns = None
+        self.weight = PackedWeight(pack(found.codes, self.config.bits))
+        self.weight_scale, self.weight_zero, self.weight_table = found.scale, found.zero, found.table
+        self.outlier_idx, self.outlier_val = found.positions, found.values
 
     def packed(self) -> Packed:
         return Packed(
@@ -380,6 +178,8 @@ class PackedLinear(nn.Linear):
             self.outlier_val,
             self.config.bits,
             self.in_features,
+            self.weight_zero,
+            self.weight_table,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -406,7 +206,8 @@ class PackedLinear(nn.Linear):
             and x.device.type == "cpu" == self.weight_scale.device.type
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and 0 < x.numel() <= FEW * self.in_features
-            and _bag_kernel(self.config.bits) is not None
+            and self.weight_table is None
+            and bag_kernel(self.config.bits) is not None
             and not torch.compiler.is_compiling()
             and not getattr(getattr(self, "_hf_hook", None), "offload", False)  # its codes are new at every call
         )
@@ -423,18 +224,11 @@ class PackedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W (m, n) in `dtype`, made in chunks of rows."""
-        packed = self.packed()
-        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=packed.codes.device)
-        for start, stop in packed.chunks():
-            out[start:stop] = packed.rows(start, stop, dtype)
-        return out
+        return self.packed().dense(dtype)
 
     def requantize(self, weight: Tensor) -> None:
         """Hold another weight (m, n), by the config's own method."""
-        self._columns = None
-        found = self.config.quantize_checked(weight, "the merged layer")
-        self.weight = PackedWeight(pack(found.codes, self.config.bits))
-        self.weight_scale, self.outlier_idx, self.outlier_val = found.scale, found.positions, found.values
+        self.hold(self.config.quantize_checked(weight, "the merged layer"))
 
     def to_plain(self, dtype: torch.dtype) -> nn.Module:
         """The Linear or Conv1D it stands for."""
@@ -463,8 +257,8 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._columns = None
-        # `model.to(dtype)` must move scales and outliers but not round them.
-        kept = {name: getattr(self, name) for name in ("weight_scale", "outlier_val")}
+        # `model.to(dtype)` must move scales, tables and outliers but not round them.
+        kept = {name: getattr(self, name) for name in EXACT}
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)
@@ -514,7 +308,9 @@ class PackedConfig(QuantizationConfigMixin):
     """Fields every packed quantizer has. A method adds its own, and implements `quantize_weight`.
 
     Args:
-        bits: Bits per code: 2, 3, 4 or 8.
+        bits: Bits per code: 2, 3, 4, 5, 6 or 8.
+        bits_map: Bits per code of single layers, {module name: bits}, as `hfgen search` finds them; all others have
+            `bits`.
         group_size: Columns that share a scale; None = the whole row. It must divide every layer's in_features.
         modules_to_not_convert: Names (suffixes or regular expressions) to keep in float, besides heads and tied
             embeddings, which always are.
@@ -526,6 +322,7 @@ class PackedConfig(QuantizationConfigMixin):
     """
 
     bits: int = 4
+    bits_map: dict[str, int] | None = None
     group_size: int | None = None
     modules_to_not_convert: list[str] | None = None
     quant_method: str = field(default="")  # type: ignore[assignment]  # the host's enum cannot grow; a string works
@@ -540,7 +337,13 @@ class PackedConfig(QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        checks.one_of(owner, "bits", self.bits, tuple(BLOCKS))
+        checks.one_of(owner, "bits", self.bits, WIDTHS)
+        if self.bits_map is not None and not isinstance(self.bits_map, dict):
+            raise TypeError(
+                f"{owner}.bits_map is {self.bits_map!r}; give a dict {{module name: bits}}, or leave it out"
+            )
+        for name, bits in (self.bits_map or {}).items():
+            checks.one_of(owner, f"bits_map[{name!r}]", bits, WIDTHS)
         if self.group_size is not None:
             checks.integer(owner, "group_size", self.group_size, 1)
         names = self.modules_to_not_convert
@@ -572,6 +375,42 @@ class PackedConfig(QuantizationConfigMixin):
     def has_outliers(self) -> bool:
         """Whether layers hold `outlier_idx` and `outlier_val`."""
         return False
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether layers hold `weight_zero`: affine codes."""
+        return False
+
+    @property
+    def has_table(self) -> bool:
+        """Whether layers hold `weight_table`: codes into a table."""
+        return False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether quantising needs data: `calibrate` then does it, and `from_pretrained` only loads what it made."""
+        return False
+
+    def for_layer(self, name: str) -> PackedConfig:
+        """The config that the layer of this name holds: with its own bits, and no map."""
+        return dataclasses.replace(self, bits=(self.bits_map or {}).get(name, self.bits), bits_map=None)
+
+    def before_reading(self, weights: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """Called once before a checkpoint is quantised as it is read, for methods with numbers about the whole model.
+
+        `weights()` gives (layer name, weight (m, n)) of every layer to be quantised, read from the files one at a time.
+        """
+
+    def calibrate(
+        self, model: Any, rows: list[dict[str, Any]], progress: Callable[[int, int], None] | None = None
+    ) -> Any:
+        """Quantise `model` (float, in memory) with data; returns it with packed layers, ready for `save_pretrained`.
+
+        Args:
+            rows: dicts with `input_ids` (and `attention_mask`), one sequence each.
+            progress: Called with (layers done, layers in all).
+        """
+        raise TypeError(f"{type(self).__name__} needs no data: from_pretrained(quantization_config=...) quantises")
 
     @abstractmethod
     def quantize_weight(self, weight: Tensor) -> Quantized:
@@ -640,13 +479,12 @@ class PackOp(ConversionOps):
                 f"{(layer.out_features, layer.in_features)} (out, in); they belong to different models"
             )
         found = layer.config.quantize_checked(weight, name)
-        parts = {"weight": pack(found.codes, layer.config.bits), "weight_scale": found.scale}
-        if found.positions is not None and found.values is not None:
-            parts |= {"outlier_idx": found.positions, "outlier_val": found.values}
+        made = (found.scale, found.zero, found.table, found.positions, found.values)
+        parts = {"weight": pack(found.codes, layer.config.bits), **dict(zip(PARTS, made, strict=True))}
         del found, weight
         if tensor.numel() >= TRIM:
             _return_freed_memory()
-        return {f"{name}.{leaf}": part for leaf, part in parts.items()}
+        return {f"{name}.{leaf}": part for leaf, part in parts.items() if part is not None}
 
 
 def _return_freed_memory() -> None:
@@ -669,6 +507,12 @@ class PackedQuantizer(HfQuantizer):
     quantization_config: PackedConfig
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        if quantization_config.calibrated and not kwargs.get("pre_quantized", True):
+            owner, method = type(quantization_config).__name__, quantization_config.method
+            raise ValueError(
+                f"{owner} needs data to quantise with: run `hfgen quantize MODEL --method {method} --calib FILE --out DIR` "
+                "and load DIR, or call config.calibrate(model, rows) on a model loaded without it"
+            )
         super().__init__(quantization_config, **kwargs)
         self.quantized: list[str] = []
         self.left_in_float: dict[str, str] = {}
@@ -696,41 +540,60 @@ class PackedQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales and outliers keep the dtype they have in the file."""
         name = str(converter.target_patterns[0])
-        kept = name.endswith((".weight_scale", ".outlier_val"))
+        kept = name.endswith(tuple(f".{leaf}" for leaf in EXACT))
         return None if kept else super().get_new_dtype(converter, param, dtype)
 
     # --- before loading -------------------------------------------------------------------------------------------
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         _check_files(checkpoint_files or ())
-        config, owner = self.quantization_config, type(self.quantization_config).__name__
-        kept = self._kept_in_float(model)
-        for name, module in list(model.named_modules()):
-            if type(module) not in (nn.Linear, Conv1D) or name in kept:
-                continue
-            transposed = isinstance(module, Conv1D)
+        config, strict = self.quantization_config, not self.pre_quantized
+        found, kept = self.choose(model, strict)
+        if strict:
+            config.before_reading(functools.partial(_read_weights, model, checkpoint_files, found, self))
+        for name, module in found.items():
+            transposed, own = isinstance(module, Conv1D), config.for_layer(name)
             n, m = module.weight.shape if transposed else reversed(module.weight.shape)
+            new = PackedLinear(n, m, module.bias is not None, own, transposed, "meta", module.weight.dtype)
+            model.set_submodule(name, new)
+        self.quantized = list(found)
+        self._account(model, kept)
+        return model
+
+    def choose(self, model: Any, strict: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """({name: Linear or Conv1D} that are quantised in `model`, {name: why} of those that stay in float).
+
+        The names of `bits_map` become those of this model, where it is the base or the whole of the one they were
+        found for. With `strict`, a name in the config that means nothing here is an error.
+
+        Raises:
+            ValueError: such a name, a group_size that does not divide a layer's inputs, or nothing to quantise.
+        """
+        config, kept, found = self.quantization_config, self._kept_in_float(model, strict), {}
+        owner = type(config).__name__
+        for name, module in model.named_modules():
+            if type(module) not in LINEARS or name in kept:
+                continue
+            n = module.nx if isinstance(module, Conv1D) else module.in_features
             if config.group_size is not None and n % config.group_size:
                 raise ValueError(
                     f"{owner}.group_size is {config.group_size}, which does not divide the {n} input features of {name}; "
                     "give a divisor, None (one scale per row), or name the layer in modules_to_not_convert"
                 )
-            new = PackedLinear(n, m, module.bias is not None, config, transposed, "meta", module.weight.dtype)
-            model.set_submodule(name, new)
-            self.quantized.append(name)
-        if not self.quantized:
+            found[name] = module
+        if not found:
             raise ValueError(
                 f"{owner} found no layer to quantise in {type(model).__name__}: of its Linear and Conv1D layers all are "
                 f"kept in float ({', '.join(sorted(kept)) or 'there are none'}); quantise another model or none"
             )
-        self._account(model, kept)
-        return model
+        _own_names(model, config, found, kept, strict)
+        return found, kept
 
-    def _kept_in_float(self, model: Any) -> dict[str, str]:
+    def _kept_in_float(self, model: Any, strict: bool) -> dict[str, str]:
         """Linear layers that stay as they are, and why."""
         user = self.quantization_config.modules_to_not_convert or []
         names = [name for name, _ in model.named_modules() if name]
         for pattern in user:
-            if not self.pre_quantized and all(should_convert_module(name, [pattern]) for name in names):
+            if strict and all(should_convert_module(name, [pattern]) for name in names):
                 leaves = sorted({name.rpartition(".")[2] for name in names})
                 close = difflib.get_close_matches(pattern.rpartition(".")[2], leaves, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"modules are called {', '.join(leaves)}"
@@ -741,7 +604,7 @@ class PackedQuantizer(HfQuantizer):
         base = f"{model.base_model_prefix}." if model.base_model is not model else ""
         kept = {}
         for name, module in model.named_modules():
-            if type(module) not in (nn.Linear, Conv1D):
+            if type(module) not in LINEARS:
                 continue
             if not should_convert_module(name, user):
                 kept[name] = "named in modules_to_not_convert"
@@ -754,7 +617,7 @@ class PackedQuantizer(HfQuantizer):
     def _account(self, model: Any, kept: dict[str, str]) -> None:
         """Write down every matrix that is not quantised; fused experts, most of a model's bytes, with a warning."""
         fused = []
-        for name, param in model.named_parameters():
+        for name, param in model.named_parameters(remove_duplicate=False):
             module, _ = get_module_from_name(model, name)
             if param.ndim < 2 or isinstance(module, PackedLinear):
                 continue
@@ -789,16 +652,20 @@ class PackedQuantizer(HfQuantizer):
                 else "name such layers in modules_to_not_convert: codes are not drawn at random"
             )
             raise ValueError(f"the checkpoint has no {', '.join(missing[:5])} ({len(missing)} tensors missing); {fix}")
+        self.finish(model)
+        return model
+
+    def finish(self, model: Any) -> None:
+        """What is left to do once every packed layer holds its tensors."""
         # They never change, but DDP would send every buffer at every forward; names as they are inside a PeftModel too.
         model._ddp_params_and_buffers_to_ignore = [
             f"{outside}{name}.{inside}{leaf}"
             for outside in ("", "base_model.model.")
             for name in self.quantized
             for inside in ("", "base_layer.")
-            for leaf in ("weight_scale", "outlier_idx", "outlier_val")
+            for leaf in PARTS
         ]
         logger.info("%s: %d layers packed", self.quantization_config.quant_method, len(self.quantized))
-        return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -813,6 +680,92 @@ class PackedQuantizer(HfQuantizer):
                             setattr(adapter, mark, True)
                 model.set_submodule(name, new)
         return model
+
+
+LINEARS = (nn.Linear, Conv1D, PackedLinear)  # the last where a calibration has packed some layers already
+
+
+# --- which layers ---------------------------------------------------------------------------------------------------
+
+
+def quantizable(model: Any, config: PackedConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """`PackedQuantizer.choose` for a model in memory, where every name in the config must mean something."""
+    return config.quantizer_cls(config, pre_quantized=True).choose(model, strict=True)
+
+
+def _own_names(
+    model: Any, config: PackedConfig, found: Mapping[str, Any], kept: Mapping[str, str], strict: bool
+) -> None:
+    """Write `config.bits_map` in the names of `model`."""
+    own, prefix, owner = {}, f"{model.base_model_prefix}.", type(config).__name__
+    for name, bits in (config.bits_map or {}).items():
+        here = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in found), None)
+        if here is not None:
+            own[here] = bits
+        elif strict and name in kept:
+            raise ValueError(f"{owner}.bits_map names {name!r}, which is kept in float ({kept[name]}); leave it out")
+        elif strict:
+            close = difflib.get_close_matches(name, list(found), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"layers are called {', '.join(list(found)[:4])}, ..."
+            raise ValueError(f"{owner}.bits_map names {name!r}, which is no layer of {type(model).__name__}; {hint}")
+    if config.bits_map is not None:
+        config.bits_map = own
+
+
+def adopt(model: Any, config: PackedConfig, layers: Mapping[str, PackedLinear]) -> Any:
+    """Make `model` (float, in memory) the quantised model that loading a packed checkpoint gives, with these layers.
+
+    Args:
+        layers: A packed layer for every name of `quantizable(model, config)`; each has its own config.
+
+    Returns:
+        The same model: hosts now see a quantised one, `save_pretrained` writes a packed checkpoint.
+
+    Raises:
+        ValueError: there is a layer too few or too many.
+    """
+    found, kept = quantizable(model, config)
+    if odd := sorted(set(found) ^ set(layers)):
+        raise ValueError(
+            f"layers has {len(layers)} entries, the config quantises {len(found)} layers; they differ in {odd[0]}: give "
+            "a packed layer for each, or name those that stay in float in modules_to_not_convert"
+        )
+    quantizer = config.quantizer_cls(config, pre_quantized=True)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    quantizer.quantized = list(found)
+    quantizer._account(model, kept)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    model.hf_quantizer, model.config.quantization_config = quantizer, config
+    _assign_is_quantized(model)
+    quantizer.finish(model)
+    return model
+
+
+def _read_weights(
+    model: Any, files: Any, found: Mapping[str, Any], quantizer: PackedQuantizer
+) -> Iterator[tuple[str, Tensor]]:
+    """(layer name, weight (m, n)) of the layers in `found`, from safetensors files, a tensor at a time.
+
+    Weights that the host puts together from several tensors are not among them.
+    """
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"{type(quantizer.quantization_config).__name__} looks at all weights before it quantises the first, which "
+            "needs safetensors files; save the model with save_pretrained and load that folder"
+        )
+    mapping = get_model_conversion_mapping(model, None, quantizer)
+    renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
+    converters = [c for c in mapping if isinstance(c, WeightConverter)]
+    have = model.state_dict()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a file is no dict)
+                target, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, have)
+                name, _, leaf = target.rpartition(".")
+                if leaf == "weight" and name in found and converted is None:
+                    tensor = file.get_tensor(key)
+                    yield name, tensor.T if isinstance(found[name], Conv1D) else tensor
 
 
 def _check_files(paths: Any) -> None:
@@ -830,7 +783,7 @@ def _check_numbers(name: str, layer: PackedLinear) -> None:
     """Raise ValueError where the scales or outliers of a loaded layer cannot be what was saved."""
     index, value = layer.outlier_idx, layer.outlier_val
     kinds = (torch.float16, torch.bfloat16, torch.float32)
-    for leaf in ("weight_scale", "outlier_val"):
+    for leaf in EXACT:
         tensor = getattr(layer, leaf)
         if tensor is None or tensor.is_meta:
             continue

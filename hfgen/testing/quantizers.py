@@ -42,7 +42,7 @@ from hfgen.kit.quantizer import PackedLinear
 
 CHECKS: dict[str, Callable[[QuantizerCase], None]] = {}
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-_WIDTHS = (2, 3, 4, 8)
+_WIDTHS = (2, 3, 4, 5, 6, 8)
 _FILE = "model.safetensors"
 
 
@@ -71,14 +71,25 @@ class QuantizerCase:
         return _spread(LlamaForCausalLM(LlamaConfig(num_key_value_heads=1, vocab_size=32, **_SMALL, **changes)))
 
     def quantized(self, model: nn.Module | None = None, folder: str | None = None, **changes: Any) -> Any:
-        """`model` saved, and loaded with the config; the packed checkpoint goes to `folder`."""
-        model = self.llama() if model is None else model
-        with tempfile.TemporaryDirectory() as plain:
-            model.save_pretrained(plain)
-            found = type(model).from_pretrained(plain, quantization_config=self.config(**changes))
+        """`model` saved, and loaded with the config (calibrated, if the method is); the packed checkpoint: `folder`."""
+        model, config = self.llama() if model is None else model, self.config(**changes)
+        if config.calibrated:
+            found = config.calibrate(copy.deepcopy(model), self.rows(model))
+        else:
+            with tempfile.TemporaryDirectory() as plain:
+                model.save_pretrained(plain)
+                found = type(model).from_pretrained(plain, quantization_config=config)
         if folder is not None:
             found.save_pretrained(folder)
         return found
+
+    @staticmethod
+    def rows(model: nn.Module) -> list[dict[str, Tensor]]:
+        """What a calibrated method is given: the inputs of one example each."""
+        generator = torch.Generator().manual_seed(5)
+        if isinstance(model, ViTForImageClassification):
+            return [{"pixel_values": torch.randn(3, 8, 8, generator=generator)} for _ in range(16)]
+        return [{"input_ids": torch.randint(0, 32, (12,), generator=generator)} for _ in range(16)]
 
     @staticmethod
     def tokens(seed: int = 3) -> Tensor:
@@ -379,7 +390,7 @@ def check_options(case: QuantizerCase) -> None:
     """Unknown options and values, another method's config, names that match nothing: errors that name them."""
     for word, action in (
         ("no_such_option", lambda: case.config(no_such_option=1)),
-        ("bits", lambda: case.config(bits=5)),
+        ("bits", lambda: case.config(bits=7)),
         ("group_size", lambda: case.config(group_size=0)),
         ("quant_method", lambda: case.config(quant_method="gptq")),
         ("format", lambda: case.config_cls.from_dict({**case.config().to_dict(), "hfgen": {"format": 99}})),

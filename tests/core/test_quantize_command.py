@@ -411,7 +411,7 @@ def test_ctrl_c_says_how_to_go_on(plain, tmp_path, monkeypatch):
     ("options", "words"),
     [
         (("--method", "easyquan"), "did you mean 'easyquant'"),
-        (("--method", "easyquant", "--bits", "5"), "EasyQuantConfig.bits is 5; give one of 2, 3, 4, 8"),
+        (("--method", "easyquant", "--bits", "7"), "EasyQuantConfig.bits is 7; give one of 2, 3, 4, 5, 6, 8"),
         (("--method", "easyquant", "--args", '{"n_sgma": 3}'), "'n_sgma'; did you mean 'n_sigma'"),
         (("--method", "easyquant", "--args", "n_sigma=3"), "--args is 'n_sigma=3', which is not JSON"),
         (("--method", "easyquant", "--args", "[3]"), "--args is '[3]', which is no JSON object"),

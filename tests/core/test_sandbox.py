@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hfgen import sandbox
-from hfgen.sandbox import tasks
+from hfgen.sandbox import quality, tasks
 
 PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
 DIGITS = st.tuples(*[st.integers(0, 9)] * 3)
@@ -208,3 +209,41 @@ def test_full_build_gives_the_shipped_accuracies(tmp_path):
     figures = {m[1]: float(m[2]) for m in re.finditer(r"^(D trained|D held out|E|R) +([01]\.\d+)$", said, re.MULTILINE)}
     assert 0.4 <= (18 * figures["D trained"] + 10 * figures["D held out"]) / 28 <= 0.7
     assert figures["E"] >= 0.98 and figures["R"] >= 0.98
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_rows_are_never_held_out():
+    """Seeds draw from two fixed halves of the examples; the model knows both alike."""
+    sides = [{pair for seed in range(3) for pair in quality.examples(seed, 200, part)} for part in quality.PARTS[1:]]
+    assert not sides[0] & sides[1] and all(len(side) > 800 for side in sides)
+    tokenizer = sandbox.load_tokenizer()
+    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in quality.rows(0, 64)]
+    calibration = {p + a for p, a in quality.examples(0, 32, "calibration")}
+    assert len(texts) == 64 and set(texts) == calibration and sum(text[0] == "R" for text in texts) == 32
+    model = sandbox.load_model()
+    nll = [quality.answers_nll(model, 0, 200, part) for part in quality.PARTS]
+    assert max(nll) - min(nll) < 0.02 and max(nll) < 1.0
+    with pytest.raises(ValueError, match="part is 'test'"):
+        quality.examples(0, 4, "test")
+    with pytest.raises(ValueError, match="count is 0; give 1 to"):
+        quality.examples(0, 0)
+
+
+def test_divergence_and_planted_outliers():
+    base, planted = sandbox.load_model(), sandbox.load_model()
+    quality.plant(planted, 1, 16.0, 0, blocks=[1])
+    changed = {n for n, p in planted.named_parameters() if not torch.equal(p, base.get_parameter(n))}
+    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+    assert abs(quality.answers_kl(planted, base, 0, 50)) < 1e-9  # the same function
+    with torch.no_grad():
+        planted.lm_head.weight *= 1.1
+    total, tokens, tokenizer = 0.0, 0, sandbox.load_tokenizer()
+    for prompt, answer in quality.examples(0, 2, "held out"):  # one at a time, and from the prompt's end on
+        ids = tokenizer(prompt + answer + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            want, found = (m(ids).logits[0, len(prompt) : -1].double().log_softmax(-1) for m in (base, planted))
+        total += float((want.exp() * (want - found)).sum())
+        tokens += len(answer) + 1
+    assert total > 0 and abs(quality.answers_kl(planted, base, 0, 2) - total / tokens) < 1e-9

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hfgen import sandbox
-from hfgen.kit import quantizer as kit
-from hfgen.kit.quantizer import PackedLinear, PackedWeight, pack, packed_shape, unpack
+from hfgen.kit import packing as kit
+from hfgen.kit.packing import pack, packed_shape, unpack
+from hfgen.kit.quantizer import PackedLinear, PackedWeight
 from hfgen.quantizers import EasyQuantConfig
 from hfgen.sandbox import tasks
 from hfgen_plugins.quantizers.easyquant import easyquant as eq
 
-BITS = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+BITS = pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 RTN = {"n_sigma": None, "optimizer": "none"}
 
 
@@ -55,7 +56,7 @@ def layer_of(weight, bias=False, **options):
 # --- the format -----------------------------------------------------------------------------------------------------
 
 
-@given(bits=st.sampled_from([2, 3, 4, 8]), m=st.integers(1, 5), n=st.integers(1, 37), seed=st.integers(0, 10**6))
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), m=st.integers(1, 5), n=st.integers(1, 37), seed=st.integers(0, 10**6))
 @settings(max_examples=150, deadline=None)
 def test_unpack_inverts_pack_and_no_shape_is_plain(bits, m, n, seed):
     codes = torch.randint(0, 2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -63,19 +64,22 @@ def test_unpack_inverts_pack_and_no_shape_is_plain(bits, m, n, seed):
     assert packed.dtype == torch.uint8 and packed.is_contiguous() and packed.shape == packed_shape(m, n, bits)
     assert torch.equal(unpack(packed, bits, n), codes)
     assert packed.shape not in ((m, n), (n, m))
-    assert packed.numel() == m * {2: -(-n // 4), 3: 3 * -(-n // 8), 4: -(-n // 2), 8: n}[bits]
-    whole = unpack(packed, bits, packed.numel() // m * 8 // bits)
-    assert (whole[:, n:] == 2 ** (bits - 1)).all(), "padding is not the code of 0"
+    half = -(-n // 2)
+    width = {2: -(-n // 4), 3: 3 * -(-n // 8), 4: half, 5: half + -(-n // 8), 6: half + -(-n // 4), 8: n}[bits]
+    assert packed.numel() == m * width
+    if bits not in kit.PLANES:  # whose planes are padded each for itself
+        whole = unpack(packed, bits, packed.numel() // m * 8 // bits)
+        assert (whole[:, n:] == 2 ** (bits - 1)).all(), "padding is not the code of 0"
 
 
-@given(bits=st.sampled_from([2, 3, 4, 8]), m=st.integers(1, 4), n=st.integers(1, 30), seed=st.integers(0, 10**6))
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), m=st.integers(1, 4), n=st.integers(1, 30), seed=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_levels_by_table_and_by_shifts_are_the_codes_less_their_zero(bits, m, n, seed):
     codes = torch.randint(0, 2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     want = codes.float() - 2 ** (bits - 1)
     assert torch.equal(kit.levels(pack(codes, bits), bits, n), want)
     if bits in (2, 4):  # what CUDA takes
-        assert torch.equal(kit._looked_up(pack(codes, bits), bits)[:, :n], want)
+        assert torch.equal(kit._looked_up(pack(codes, bits), kit._table(bits, codes.device))[:, :n], want)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kit, "KERNELS", {})
         assert torch.equal(kit.levels(pack(codes, bits), bits, n), want)
@@ -102,6 +106,10 @@ def test_the_layout_is_the_documented_one():
     eight = [1, 2, 3, 4, 5, 6, 7, 0]
     word = sum(code << (3 * i) for i, code in enumerate(eight))
     assert bytes(pack(torch.tensor([eight], dtype=torch.uint8), 3)[0].tolist()) == word.to_bytes(3, "little")
+    five = pack(torch.tensor([[1, 18, 31]], dtype=torch.uint8), 5)  # low nibbles 1, 2, 15, then the fifth bits 0, 1, 1
+    assert five.tolist() == [[[1 + 2 * 16], [15 + 0 * 16], [0b11111110]]]
+    six = pack(torch.tensor([[1, 18, 63, 32]], dtype=torch.uint8), 6)
+    assert six.tolist() == [[1 + 2 * 16, 15, 0 + 1 * 4 + 3 * 16 + 2 * 64]]
     assert pack(torch.tensor([[7, 200]], dtype=torch.uint8), 8).tolist() == [[[7], [200]]]
 
 
@@ -301,7 +309,7 @@ def test_the_grid_reaches_the_exact_optimum(bits, mean, worst, make):
     assert ratio.mean() < mean and ratio.max() < worst, (ratio.mean(), ratio.max())
 
 
-@given(bits=st.sampled_from([2, 3, 4, 8]), n=st.integers(1, 40), seed=st.integers(0, 10**6), size=st.floats(1e-4, 1e3))
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), n=st.integers(1, 40), seed=st.integers(0, 10**6), size=st.floats(1e-4, 1e3))
 @settings(max_examples=60, deadline=None)
 def test_no_search_is_worse_than_its_start_and_all_scale_with_the_weights(bits, n, seed, size):
     rows = normal(3, n, seed) * size
@@ -378,7 +386,7 @@ def test_more_bits_and_smaller_groups_are_better(bits):
     weight = heavy(32, 64)
     assert relative(EasyQuantConfig(bits=bits, group_size=16), weight) < relative(EasyQuantConfig(bits=bits), weight)
     if bits < 8:
-        assert relative(EasyQuantConfig(bits=8), weight) < 1e-3 < relative(EasyQuantConfig(bits=bits), weight)
+        assert relative(EasyQuantConfig(bits=8), weight) < 3e-4 < relative(EasyQuantConfig(bits=bits), weight)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -406,7 +414,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     whole = config.quantize_checked(weight, "w")
     monkeypatch.setattr(eq, "CHUNK", 8 * 7)
     for a, b in zip(config.quantize_checked(weight, "w"), whole, strict=True):
-        assert torch.equal(a, b)
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -473,7 +481,7 @@ def test_at_three_bits_easyquant_beats_rounding_on_a_trained_model():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"bits": 5}, ValueError, r"EasyQuantConfig.bits is 5; give one of 2, 3, 4, 8"),
+        ({"bits": 7}, ValueError, r"EasyQuantConfig.bits is 7; give one of 2, 3, 4, 5, 6, 8"),
         ({"bits": "4"}, ValueError, r"EasyQuantConfig.bits is '4'"),
         ({"bits": True}, ValueError, r"EasyQuantConfig.bits is True"),
         ({"bitz": 4}, TypeError, r"'bitz'; did you mean 'bits'\?"),
@@ -489,7 +497,7 @@ def test_at_three_bits_easyquant_beats_rounding_on_a_trained_model():
         ({"optimizer": "adam", "lr": -1.0}, ValueError, r"EasyQuantConfig.lr is -1"),
         ({"modules_to_not_convert": [3]}, TypeError, r"EasyQuantConfig.modules_to_not_convert is \[3\]"),
         ({"quant_method": "hqq"}, ValueError, r"quant_method is 'hqq'; this is the config of 'easyquant'"),
-        ({"hfgen": {"format": 2}}, ValueError, r"format 2, this hfgen reads up to 1"),
+        ({"hfgen": {"format": 3}}, ValueError, r"format 3, this hfgen reads up to 2"),
         ({"hfgen": "x"}, TypeError, r"EasyQuantConfig.hfgen is 'x'"),
     ],
 )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hfgen.kit import checks
-from hfgen.kit.quantizer import CHUNK, PackedConfig, PackedQuantizer, Quantized
+from hfgen.kit.packing import CHUNK, Quantized
+from hfgen.kit.quantizer import PackedConfig, PackedQuantizer
 
 COARSE, FINE = 56, 24  # candidates of the two searches
 SHRINK = (0.03, 1.05)  # of the coarse search, relative to the scale that clips nothing

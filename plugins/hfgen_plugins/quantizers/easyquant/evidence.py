@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 from hfgen import catalog, sandbox
 from hfgen.evidence import Arm, Experiment, Metric, Verdict, at_most, interval, paired, verdict
-from hfgen.sandbox import tasks
+from hfgen.sandbox.quality import answers_nll, plant
 
 MODELS = {"sandbox": "the sandbox's model, 3 bit", "planted": "planted outliers, 4 bit"}
 ARMS = (
@@ -51,7 +50,7 @@ def run_arm(arm: str, seed: int, settings: Settings, report: Any) -> dict[str, f
     found, start = {}, time.monotonic()
     for i, name in enumerate(MODELS):
         model = _model(name, arm, seed, settings)
-        found[name] = math.exp(nll(model, seed, settings.examples))
+        found[name] = math.exp(answers_nll(model, seed, settings.examples))
         found[f"bits_{name}"] = _stored_bits(model)
         report(i + 1, len(MODELS))
     return found | {"seconds": time.monotonic() - start}
@@ -76,50 +75,6 @@ def _model(name: str, arm: str, seed: int, settings: Settings) -> Any:
         plant(planted, settings.channels, settings.factor, seed)
         planted.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder, **load).eval()
-
-
-def plant(model: Any, channels: int, factor: float, seed: int) -> None:
-    """Makes `channels` input channels of q, k, v, gate and up `factor` times as large, in place.
-
-    The gain of the norm before them is divided, so the model computes the same (for a power of two nothing is rounded).
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            groups = {
-                layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-                layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-            }
-            for norm, linears in groups.items():
-                chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]
-                norm.weight[chosen] /= factor
-                for linear in linears:
-                    linear.weight[:, chosen] *= factor
-
-
-def nll(model: Any, seed: int, count: int) -> float:
-    """Negative log likelihood (nats per token, EOS included) of `count` right sums and as many reversals.
-
-    The answers are in the model's own style; each token is predicted from the prompt and the true beginning.
-    """
-    import torch
-
-    rng = random.Random(f"examples {seed}")
-    triples = [t for total in tasks.SUMS for t in tasks.triples(total)]
-    words = ["".join(rng.choices(tasks.LETTERS, k=4)) for _ in range(count)]
-    sums = [(f":{sum(t):02d}=", tasks.plain(t)) for t in rng.sample(triples, count)]
-    tokenizer, total, tokens = sandbox.load_tokenizer(), 0.0, 0
-    for pairs in (sums, [(f"R{word}=", word[::-1]) for word in words]):  # rows of one task are equally long
-        ids = tokenizer([p + a + tokenizer.eos_token for p, a in pairs], return_tensors="pt")["input_ids"]
-        start = 1 + len(pairs[0][0])  # BOS and the prompt
-        with torch.no_grad():
-            logp = model(input_ids=ids).logits[:, start - 1 : -1].double().log_softmax(-1)
-        total -= float(logp.gather(-1, ids[:, start:, None]).sum())
-        tokens += ids[:, start:].numel()
-    return total / tokens
 
 
 def _stored_bits(model: Any) -> float:

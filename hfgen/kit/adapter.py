@@ -281,6 +281,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def undo_casts(self) -> None:
         """Takes back what a host has cast since the adapter was made; by default nothing has to be."""
 
+    def train(self, mode: bool = True) -> DeltaLayer:
+        if mode:  # asked for before every training step
+            self.undo_casts()
+        return super().train(mode)
+
     @abstractmethod
     def was_loaded(self, adapter_name: str) -> bool:
         """Whether the state differs from what `build` put there."""

@@ -142,11 +142,6 @@ class DiagonalLayer(DeltaLayer):
         for name in self._facts:
             self._widen(name)
 
-    def train(self, mode: bool = True) -> DiagonalLayer:
-        if mode:  # asked for before every training step
-            self.undo_casts()
-        return super().train(mode)
-
     def _load_from_state_dict(self, *args: Any) -> None:
         self.undo_casts()
         super()._load_from_state_dict(*args)

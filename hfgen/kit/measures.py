@@ -1,4 +1,4 @@
-"""What monitors measure with: fixed rows to look at the model with, sums over ranks, fits.
+"""What monitors measure with: fixed rows to look at the model with, probabilities of shares.
 
 `Probe` gives logits and targets of the same tokens at every look, whatever the trainer does with its
 own (micro-batches, ranks, trl's fused head): a look forwards the rows itself and projects the drawn tokens only.
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-from .monitor import Event
+from .monitor import Event, on_device, shifts_labels, summed
 
 
 def probe_rows(args: Any, most: int = 256) -> int:
@@ -30,7 +29,7 @@ class Probe:
 
     The rows are drawn once, without touching the run's random state; of their valid targets (not -100; shifted where the
     model's loss shifts them) `tokens` are kept, evenly spaced. Ranks share the micro-batches: add what they find with
-    `summed_over_ranks`.
+    `summed`.
 
     Args:
         owner: Who asks, for messages.
@@ -60,7 +59,7 @@ class Probe:
         with _own_randomness(seed):
             chosen = random.sample(range(len(dataset)), min(rows, len(dataset)))
             batches = [collate([dataset[i] for i in chosen[k : k + size]]) for k in range(0, len(chosen), size)]
-        self._shifts = _loss_shifts(event.model)
+        self._shifts = shifts_labels(event.model)
         parts = [self._split(owner, dict(batch)) for batch in batches]
         wheres = _evenly([targets != -100 for _, targets in parts], tokens)
         while len(parts) % args.world_size:  # every rank forwards as often as the others, the last ones for nothing
@@ -90,7 +89,7 @@ class Probe:
         told the inputs before each forward.
         """
         for (batch, targets), where in self._parts:
-            inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            inputs = on_device(batch, self._device)
             index = tuple(i.to(self._device) for i in where)
             if before is not None:
                 before(inputs)
@@ -101,7 +100,7 @@ class Probe:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for logits, targets, _ in self.forward(model):
             sums += torch.stack([(logits.argmax(-1) == targets).sum(), targets.new_tensor(len(targets))])
-        right, count = summed_over_ranks(sums).tolist()
+        right, count = summed(sums).tolist()
         return right / max(1.0, count)
 
 
@@ -127,13 +126,6 @@ def _of_output(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         return output["logits"]
     return output[0] if isinstance(output, tuple) else output
-
-
-def _loss_shifts(model: Any) -> bool:
-    """Whether token i predicts label i + 1, decided as the host's Trainer does."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    causal = LOSS_MAPPING.get(getattr(inner, "loss_type", None)) is ForCausalLMLoss
-    return causal and not getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
 
 
 def _evenly(valid: list[Tensor], most: int) -> list[tuple[Tensor, ...]]:
@@ -162,14 +154,6 @@ def _own_randomness(seed: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-
-
-def summed_over_ranks(sums: Tensor) -> Tensor:
-    """Counts and sums of this rank, added over all ranks, so that what is divided later is weighted by the counts."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        sums = sums.clone()
-        torch.distributed.all_reduce(sums)
-    return sums
 
 
 def greater(share: float, other: float, count: float) -> float:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from transformers.trainer_callback import ExportableState
 from . import checks
 
 FORMAT = 1  # of the state file in a checkpoint
+LABELS, _LEAST = 8192, 32  # of evaluation rows: labels that are enough, and rows that are always read
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,18 @@ class MonitorCallback(TrainerCallback, ExportableState):
                 f"args.eval_strategy is 'no'; {type(self).__name__} reads evaluations: set 'steps' or 'epoch'{fix}"
             )
 
+    def needs_forward(self, event: Event, instead: str = "") -> None:
+        """To be called in `begin` by a callback that forwards the model itself, outside the loop's own calls.
+
+        Raises:
+            ValueError: FSDP 1 has flattened the weights (FSDP 2 is fine); `instead` is another way out, in words.
+        """
+        if _flattened(event.model):
+            raise ValueError(
+                f"the model is wrapped by FSDP 1, and {type(self).__name__} forwards it itself, which is not possible with "
+                f"its flat weights; use fsdp_version: 2 (in args.fsdp_config: version){instead}"
+            )
+
     def holds_share(self, event: Event, rows: int, share: float) -> None:
         """To be called in `begin` by a callback whose look reads `rows` rows: holds a denser schedule to a share.
 
@@ -243,10 +258,10 @@ class MonitorCallback(TrainerCallback, ExportableState):
         It is taken off when training ends. The host tells a callback nothing of an exception elsewhere in the loop:
         then the hook does nothing any more, and takes itself and its fellows off at the first forward outside the loop.
         """
-        loop = _training_frame()
+        alive = still_training()
 
         def guarded(*call: Any) -> Any:
-            if not _runs_inside(loop):
+            if not alive():
                 self.unhook()
                 return None
             try:
@@ -476,6 +491,15 @@ def _training_frame() -> Any:
     return None if frame is None else id(frame)
 
 
+def still_training() -> Callable[[], bool]:
+    """A test of whether the loop's call that this is asked in is still under way.
+
+    Other threads say yes: on CUDA autograd recomputes checkpointed layers in one of its own, which the loop did not call.
+    """
+    loop, thread = _training_frame(), threading.get_ident()
+    return lambda: threading.get_ident() != thread or _runs_inside(loop)
+
+
 def _runs_inside(loop: int | None) -> bool:
     """Whether this thread is still inside the loop's call: 1 to 5 microseconds."""
     frame: Any = sys._getframe(1)
@@ -518,6 +542,31 @@ def collated(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
     return batch
+
+
+def spread_rows(owner: str, loader: Any, rows: int, size: int) -> list[int]:
+    """Numbers of evenly spread rows of the loader's set: `rows`, or fewer that have about `LABELS` labels together.
+
+    At least 32; how many labels a row has is taken from `size` of them, the same on every process.
+
+    Raises:
+        ValueError: the set is a stream.
+    """
+    dataset = loader.dataset
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"the evaluation set is a {type(dataset).__name__}, a stream; {owner} needs one with a length")
+    count = min(rows, len(dataset))
+    if count > _LEAST:
+        batch = loader.collate_fn([dataset[i] for i in _spread(len(dataset), min(count, size))])
+        labels = batch.get("shift_labels", batch.get("labels"))
+        known = 0 if labels is None else int((labels != -100).sum())
+        count = min(count, max(_LEAST, math.ceil(LABELS * len(labels) / known))) if known else count
+    return _spread(len(dataset), count)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """`count` of range(length), evenly spread, with both ends."""
+    return sorted({round(i * (length - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def rank_batches(count: int, size: int) -> Iterator[tuple[list[int], int]]:
@@ -584,14 +633,14 @@ def labelled_logits(model: Any, batch: Mapping[str, Tensor]) -> Iterator[tuple[T
     if labels.dim() == 1:
         logits, labels = logits[:, None], labels[:, None]
     logits = logits[:, -labels.shape[1] :]  # without virtual tokens of prompt learning
-    if "shift_labels" not in batch and labels.shape[1] > 1 and _shifts(model):
+    if "shift_labels" not in batch and labels.shape[1] > 1 and shifts_labels(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
     for row, wanted in zip(logits, labels, strict=True):
         known = wanted != -100
         yield row[known].float(), wanted[known]
 
 
-def _shifts(model: Any) -> bool:
+def shifts_labels(model: Any) -> bool:
     """Whether the model's own loss compares position i with the label of i + 1, as the Trainer decides it."""
     inner = _inner(model)
     causal = LOSS_MAPPING.get(getattr(inner, "loss_type", None)) is ForCausalLMLoss
@@ -608,6 +657,13 @@ def on_device(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def _flattened(model: nn.Module) -> bool:
+    """Whether FSDP 1 holds the weights, as accelerate or the model says."""
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return wrapped or getattr(plugin, "fsdp_version", 2) == 1
+
+
 def gradient_norm(event: Event) -> Tensor:
     """The 2-norm of the whole gradient, a scalar, equal on all ranks; to be asked in ``on_pre_optimizer_step``.
 
@@ -622,7 +678,7 @@ def gradient_norm(event: Event) -> Tensor:
         raise ValueError(
             "args.deepspeed is set: ZeRO keeps gradients to itself; read its own norm, engine.get_global_grad_norm()"
         )
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in event.model.modules()):
+    if _flattened(event.model):
         raise ValueError(
             "the model is wrapped by FSDP 1, whose flat gradient a callback cannot read; use fsdp_version: 2"
         )
@@ -632,10 +688,21 @@ def gradient_norm(event: Event) -> Tensor:
         )
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
     norm = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
-    scaler: Any = getattr(event.optimizer, "scaler", None)
-    # accelerate unscales when it clips; without clipping the scale is still in
-    scaled = scaler is not None and not event.args.max_grad_norm
-    return norm / scaler.get_scale() if scaled else norm
+    return norm / loss_scale(event.optimizer)
+
+
+def loss_scale(optimizer: Any) -> float:
+    """By what fp16's loss scale still multiplies the gradients of the Trainer's optimizer in ``on_pre_optimizer_step``.
+
+    1 without a scaler, and where the host has unscaled them already: when it clips, and (transformers 5.23) when it takes
+    the norm it logs.
+    """
+    scaler: Any = getattr(optimizer, "scaler", None)
+    while hasattr(optimizer, "optimizer"):  # accelerate's around torch's
+        optimizer = optimizer.optimizer
+    state = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer), {})
+    unscaled = getattr(state.get("stage"), "name", "") == "UNSCALED"  # torch has no public way to ask
+    return 1.0 if scaler is None or unscaled else float(scaler.get_scale())
 
 
 class SampleTracker:

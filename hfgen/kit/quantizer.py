@@ -549,7 +549,8 @@ class PackedQuantizer(HfQuantizer):
         config, strict = self.quantization_config, not self.pre_quantized
         found, kept = self.choose(model, strict)
         if strict:
-            config.before_reading(functools.partial(_read_weights, model, checkpoint_files, found, self))
+            with torch.device("cpu"):  # the host calls from within its meta device
+                config.before_reading(functools.partial(_read_weights, model, checkpoint_files, found, self))
         for name, module in found.items():
             transposed, own = isinstance(module, Conv1D), config.for_layer(name)
             n, m = module.weight.shape if transposed else reversed(module.weight.shape)

@@ -480,11 +480,6 @@ class SparseLayer(Stepwise, DeltaLayer):
             same = (t for t in known if torch.equal(t.to(values.dtype), values.detach().cpu()))
             values.data = next(same, values.data).to(values.device, wide)
 
-    def train(self, mode: bool = True) -> SparseLayer:
-        if mode:  # asked for before every training step
-            self.undo_casts()
-        return super().train(mode)
-
     def _load_from_state_dict(self, *args: Any) -> None:
         self.undo_casts()
         super()._load_from_state_dict(*args)

@@ -155,7 +155,10 @@ def check_quantises(case: QuantizerCase) -> None:
 
 @check
 def check_bytes(case: QuantizerCase) -> None:
-    """The file holds bits / 8 a weight, 2 a scale, 6 an outlier, the rest in its own dtype, the header: 2% tolerance."""
+    """The file holds bits / 8 a weight, 2 a scale, 1 a zero, 6 an outlier, 4 an entry of a table, other tensors, the header.
+
+    2 % tolerance.
+    """
     for bits in _WIDTHS:
         with tempfile.TemporaryDirectory() as folder:
             model = case.quantized(folder=folder, bits=bits)
@@ -169,7 +172,7 @@ def check_bytes(case: QuantizerCase) -> None:
             limit += layer.out_features * -(-layer.in_features // 8) * bits  # a row padded to 8 codes
             limit += 2 * layer.weight_scale.numel()
             limit += 0 if layer.outlier_idx is None else 6 * layer.outlier_idx.numel()
-            limit += 0 if layer.bias is None else layer.bias.nbytes
+            limit += sum(t.nbytes for t in (layer.weight_zero, layer.weight_table, layer.bias) if t is not None)
         assert size <= 1.02 * limit, f"{size} bytes at {bits} bit where {limit:.0f} are accounted for"
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +153,23 @@ def test_an_error_in_the_look_or_in_the_hook_takes_the_hooks_off(tmp_path):
         with pytest.raises(ValueError, match=words):
             Trainer(**given, callbacks=[cls()]).train()
         assert not given["model"]._forward_hooks
+
+
+def test_the_hook_stays_on_where_another_thread_of_the_run_forwards(tmp_path):
+    """As autograd does on CUDA, which recomputes checkpointed layers in a thread that the loop has not called."""
+
+    class Forwards(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            before = callback.forwards
+            worker = threading.Thread(target=lambda: model(torch.tensor([[1, 2]])))
+            worker.start()
+            worker.join()
+            gained.append(callback.forwards - before)
+
+    callback, gained = Counter(), []
+    given = options(str(tmp_path))
+    Trainer(**given, callbacks=[callback, Forwards()]).train()
+    assert gained and set(gained) == {1} and not given["model"]._forward_hooks
 
 
 def test_undisturbed():

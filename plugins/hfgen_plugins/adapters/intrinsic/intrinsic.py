@@ -95,11 +95,6 @@ class IntrinsicLinear(subspace.MovedLayer):
             if parameter.dtype != wide and not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(wide)
 
-    def train(self, mode: bool = True) -> IntrinsicLinear:
-        if mode:  # asked for before every training step
-            self.undo_casts()
-        return super().train(mode)
-
 
 class IntrinsicModel(subspace.SharedTuner):
     """The peft tuner of the intrinsic dimension; holds v and lambda."""

@@ -20,7 +20,7 @@ CARD = MethodCard(
     conflicts=(
         "streamed training sets: the same rows cannot be read again",
         "DeepSpeed ZeRO: it keeps the gradients to itself, their metrics are left out",
-        "FSDP 1: a look forwards the model that the host hands to callbacks, which FSDP 1 has flattened; FSDP 2 works",
+        "FSDP 1: refused, a look forwards the model that the host hands to callbacks, whose weights are flat; FSDP 2 works",
     ),
     defaults=(
         "warning at attention logits of 1e3 and alarm at 1e4, gradients below 10 eps: our method sheet, after the paper; "

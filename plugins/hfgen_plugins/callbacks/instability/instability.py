@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from hfgen.kit import checks
 from hfgen.kit.examples import tiny_run
-from hfgen.kit.measures import Probe, probe_rows, share_above, summed_over_ranks
-from hfgen.kit.monitor import Event, MonitorCallback
+from hfgen.kit.measures import Probe, probe_rows, share_above
+from hfgen.kit.monitor import Event, MonitorCallback, loss_scale, summed
 
 ATTENTION = "hfgen_instability"  # the name of the measuring attention function at the host
 _BLOCK = 2**22  # attention logits held at a time, 16 MiB
@@ -196,7 +196,7 @@ class InstabilityCallback(MonitorCallback):
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range; in `train()`: a streamed training set, or one
-            without class labels.
+            without class labels, or FSDP 1.
     """
 
     name = "instability"
@@ -255,6 +255,7 @@ class InstabilityCallback(MonitorCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
     def begin(self, event: Event) -> None:
+        self.needs_forward(event)
         rows = self.rows or max(1, probe_rows(event.args) // 2)
         self._probe = Probe(type(self).__name__, event, rows, self.tokens)
 
@@ -267,7 +268,7 @@ class InstabilityCallback(MonitorCallback):
             for logits, _, _ in passes:
                 z = logits.float().logsumexp(-1).double().sum() if len(logits) else sums[0] * 0
                 sums += torch.stack([z, logits.double().mean(-1).sum(), z.new_tensor(len(logits))])
-        log_z, mean, count = summed_over_ranks(sums).tolist()
+        log_z, mean, count = summed(sums).tolist()
         found = {"log_z": log_z / count, "logit_mean": mean / count} if count else {}
         if count:
             self.fire()
@@ -286,17 +287,14 @@ class InstabilityCallback(MonitorCallback):
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         whole = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
         self._sizes = [g.numel() for g in grads]
-        scaler: Any = getattr(kwargs["optimizer"], "scaler", None)
-        if scaler is not None and not args.max_grad_norm:  # see `hfgen.kit.monitor.gradient_norm`
-            whole = whole / scaler.get_scale()
-        self._rms = whole
+        self._rms = whole / loss_scale(kwargs["optimizer"])
 
     def _gradient(self, event: Event) -> dict[str, float]:
         if self._rms is None:
             return {}
         sizes = np.array(self._sizes, float)
         rms, self._rms = self._rms.double().cpu().numpy() / np.sqrt(sizes), None
-        if not (rms > 0).any():
+        if not (rms > 0).any() or not np.isfinite(rms).all():  # a step that fp16's scaler skips has no gradient
             return {}
         found = {"grad_rms_min": float(rms[rms > 0].min())}
         group = event.optimizer.param_groups[0]

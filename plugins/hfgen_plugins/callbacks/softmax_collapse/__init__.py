@@ -17,7 +17,7 @@ CARD = MethodCard(
     ),
     conflicts=(
         "streamed training sets: the same rows cannot be read again",
-        "FSDP 1: a look forwards the model that the host hands to callbacks, which FSDP 1 has flattened; FSDP 2 works",
+        "FSDP 1: refused, a look forwards the model that the host hands to callbacks, whose weights are flat; FSDP 2 works",
         "a loss other than softmax cross-entropy or StableMax: its collapse is another number",
     ),
     defaults=(

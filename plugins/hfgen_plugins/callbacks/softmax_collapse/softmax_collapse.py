@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hfgen.kit import checks
 from hfgen.kit.examples import tiny_run
-from hfgen.kit.measures import Probe, probe_rows, share_above, summed_over_ranks
-from hfgen.kit.monitor import Event, MonitorCallback
+from hfgen.kit.measures import Probe, probe_rows, share_above
+from hfgen.kit.monitor import Event, MonitorCallback, summed
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 _BLOCK = 64  # rows of logits at a time: the copies stay small beside the model's
@@ -51,7 +51,7 @@ class SoftmaxCollapseCallback(MonitorCallback):
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range; in `train()`: a streamed training set, or one
-            without class labels.
+            without class labels, or FSDP 1.
     """
 
     name = "softmax_collapse"
@@ -92,6 +92,7 @@ class SoftmaxCollapseCallback(MonitorCallback):
         return super().arguments() | {field: getattr(self, field) for field in fields}
 
     def begin(self, event: Event) -> None:
+        self.needs_forward(event)
         self._probe = Probe(type(self).__name__, event, self.rows or probe_rows(event.args), self.tokens)
 
     def look(self, event: Event) -> dict[str, float]:
@@ -102,7 +103,7 @@ class SoftmaxCollapseCallback(MonitorCallback):
                 dtype = torch.promote_types(dtype, torch.float32)
             for part, wanted in zip(logits.split(_BLOCK), targets.split(_BLOCK), strict=True):
                 sums += collapse_counts(part.to(dtype), wanted, self.loss)
-        count, collapsed, zero, scale = summed_over_ranks(sums).tolist()
+        count, collapsed, zero, scale = summed(sums).tolist()
         if not count:
             return {}
         self.fire()

@@ -10,7 +10,8 @@ import typer
 from hfgen.catalog import CatalogError
 
 _COMMANDS = (
-    "ls", "show", "env", "quickstart", "evidence", "quantize", "search", "export", "bon", "check", "new", "recipe", "report",
+    "ls", "show", "env", "quickstart", "evidence", "quantize", "search", "export", "bon", "check", "new", "recipe",
+    "report",
 )  # fmt: skip
 
 app = typer.Typer(

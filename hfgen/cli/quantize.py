@@ -1,12 +1,20 @@
-"""`hfgen quantize`: a quantised copy of a model on disk, a few tensors at a time."""
+"""`hfgen quantize`: a quantised copy of a model on disk.
+
+Methods without data read a few tensors at a time; those that calibrate (`--calib`) hold the model.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import os
+import shutil
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,15 +33,25 @@ def quantize(
     method: Annotated[str, typer.Option(help="The quantizer; `hfgen ls quantizers` lists them.")],
     out: Annotated[Path, typer.Option(help="The folder to write; an interrupted run goes on with the same command.")],
     bits: Annotated[int | None, typer.Option(help="Bits per code; the method's own default if left out.")] = None,
+    calib: Annotated[
+        Path | None, typer.Option(help="Calibration rows, for methods that need data: .jsonl, .json or .parquet.")
+    ] = None,
+    calib_rows: Annotated[int, typer.Option(help="Rows to take from the start of that file.")] = 128,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Choose each layer's bits so that the average is this (adaquant).")
+    ] = None,
     args: Annotated[str, typer.Option(help='Other fields of the method\'s config, as JSON: {"n_sigma": 2.5}.')] = "{}",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, and so the memory held.")] = "500MB",
 ) -> None:
-    """Quantise a model without ever holding it whole; `from_pretrained` then loads the folder as it is."""
+    """Quantise a model; `from_pretrained` then loads the folder as it is. Without --calib it is never held whole."""
     from rich.console import Console
 
     console = Console()
     try:
-        run(model, method, bits, args, out, max_shard_size, console)
+        fields = parse_fields(args) | {
+            k: v for k, v in (("bits", bits), ("average_bits", average_bits)) if v is not None
+        }
+        run(model, method, fields, out, max_shard_size, console, calib, calib_rows)
     except (ValueError, TypeError) as exc:
         print(f"hfgen: {exc}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -42,9 +60,17 @@ def quantize(
         raise SystemExit(130) from None
 
 
-def run(model: str, method: str, bits: int | None, args: str, out: Path, max_shard_size: str, console: Any) -> Report:
+def run(
+    model: str,
+    method: str,
+    fields: dict[str, Any],
+    out: Path,
+    max_shard_size: str,
+    console: Any,
+    calib: Path | None = None,
+    calib_rows: int = 128,
+) -> Report:
     """What the command does, with its errors as exceptions."""
-    fields = parse_fields(args) | ({} if bits is None else {"bits": bits})
     config_cls = catalog.load(method, "quantizers")
     from huggingface_hub.serialization._base import parse_size_to_int
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -52,6 +78,10 @@ def run(model: str, method: str, bits: int | None, args: str, out: Path, max_sha
     from hfgen.kit.streaming import quantize_folder
 
     config = config_cls(**fields)
+    needs = bool(getattr(config, "calibrated", False))
+    if needs is (calib is None):
+        fix = "give --calib FILE with calibration rows" if needs else "leave --calib out"
+        raise ValueError(f"--method {method} {'needs' if needs else 'uses no'} data to quantise with; {fix}")
     try:
         shard = parse_size_to_int(max_shard_size)
     except ValueError:
@@ -61,12 +91,80 @@ def run(model: str, method: str, bits: int | None, args: str, out: Path, max_sha
     source, start = find_model(model), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with PeakMemory() as peak, Progress(*columns, console=console) as bar:
-        task = bar.add_task("tensors", total=None)
-        report = quantize_folder(
-            source, config, out, shard, lambda done, total: bar.update(task, completed=done, total=total)
-        )
-    print_report(report, out, time.monotonic() - start, peak.bytes, console)
+        task = bar.add_task("calibrating" if needs else "tensors", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if calib is None:
+            report, found = quantize_folder(source, config, out, shard, show), None
+        else:
+            report, found = calibrate_folder(source, config, out, shard, show, calib, calib_rows)
+    print_report(report, out, time.monotonic() - start, peak.bytes, console, found)
     return report
+
+
+def calibrate_folder(
+    source: Path,
+    config: Any,
+    out: Path,
+    max_shard_size: int,
+    progress: Callable[[int, int], None],
+    calib: Path,
+    calib_rows: int,
+) -> tuple[Report, Any]:
+    """Load the model in `source`, calibrate it on rows of `calib`, write it to `out`; returns its quantizer, too.
+
+    What is done lies in `out`.partial, which the same call takes up (where the method keeps it).
+
+    Raises:
+        ValueError: the model, the rows or the folders are not as they must be.
+    """
+    from transformers import AutoTokenizer
+
+    from hfgen.kit import calibration, checks, streaming
+    from hfgen.kit.quantizer import PARTS
+
+    checks.integer("hfgen quantize", "calib_rows", calib_rows, 1)
+    source, out = source.resolve(), out.resolve()
+    streaming.check_out(out, source)
+    cls = streaming._streamable_class(source, config)
+    tokenizer = None
+    with contextlib.suppress(
+        OSError, ValueError, KeyError
+    ):  # rows of input_ids need none; read_rows says where others do
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    rows = calibration.read_rows(calib, tokenizer, calib_rows)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists() and not {path.name for path in partial.iterdir()} <= {"layers", "final"}:
+        raise ValueError(f"{partial} is in the way and holds no interrupted calibration; remove or rename it")
+    resumes = "partial" in inspect.signature(config.calibrate).parameters
+    with streaming.quiet_host():
+        loaded = cls.from_pretrained(str(source), dtype="auto", local_files_only=True)
+        before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        model = config.calibrate(loaded, rows, progress, **({"partial": partial / "layers"} if resumes else {}))
+        final = partial / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir(parents=True)
+        streaming.copy_other_files(source, final)
+        model.save_pretrained(final, max_shard_size=max_shard_size)
+    if out.exists():
+        out.rmdir()
+    os.rename(final, out)
+    shutil.rmtree(partial)
+    layers = {name: model.get_submodule(name) for name in model.hf_quantizer.quantized}
+    stored = [t for layer in layers.values() for n, t in layer.state_dict().items() if n in (*PARTS, "weight")]
+    report = streaming.Report(
+        before=before,
+        after=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        weights=sum(layer.in_features * layer.out_features for layer in layers.values()),
+        packed=sum(t.nbytes for t in stored),
+        quantized=list(layers),
+        left_in_float=model.hf_quantizer.left_in_float,
+        dropped=[],
+        reused=0,
+    )
+    return report, model.hf_quantizer
 
 
 def parse_fields(text: str) -> dict[str, Any]:
@@ -79,8 +177,9 @@ def parse_fields(text: str) -> dict[str, Any]:
         ) from None
     if not isinstance(fields, dict):
         raise ValueError(f"--args is {text!r}, which is no JSON object; give one such as '{{\"n\": 1}}'")
-    if "bits" in fields:
-        raise ValueError(f"--args sets bits to {fields['bits']!r}; give it as --bits")
+    for name in ("bits", "average_bits"):
+        if name in fields:
+            raise ValueError(f"--args sets {name} to {fields[name]!r}; give it as --{name.replace('_', '-')}")
     return fields
 
 
@@ -136,8 +235,10 @@ def rss_anon() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)
 
 
-def print_report(report: Report, out: Path, seconds: float, peak: int | None, console: Any) -> None:
-    """The table at the end."""
+def print_report(
+    report: Report, out: Path, seconds: float, peak: int | None, console: Any, quantizer: Any = None
+) -> None:
+    """The table at the end; `quantizer` of a calibrated model, which may have an account of it (`.calibration`)."""
     from rich.table import Table
     from rich.text import Text
 
@@ -156,6 +257,18 @@ def print_report(report: Report, out: Path, seconds: float, peak: int | None, co
     if report.dropped:
         names = ", ".join(report.dropped[:5])
         rows.append(("not in the model", f"{len(report.dropped)} tensors of the source left out: {names}"))
+    if bits_map := getattr(getattr(quantizer, "quantization_config", None), "bits_map", None):
+        counts = sorted(Counter(bits_map.values()).items())
+        rows.append(("bits of layers", ", ".join(f"{count} x {bits}" for bits, count in counts)))
+    account: Any = None
+    with contextlib.suppress(AttributeError):  # a method need not keep one
+        account = quantizer.calibration
+    if account:
+        names = account["reverted"]
+        kept = f"{len(names)}, no better on held-out tokens: {', '.join(names[:5])}" if names else "0"
+        rows.append(("kept as they began", kept))
+        if account["reused"]:
+            rows.append(("taken over", f"{account['reused']} layers of an interrupted run"))
     if report.reused:
         rows.append(("taken over", f"{report.reused} shards of an interrupted run"))
     rows += [("seconds", f"{seconds:.1f}"), ("peak memory", memory), ("written to", str(out))]

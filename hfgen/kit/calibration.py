@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfgen.kit.quantizer import _return_freed_memory as return_freed_memory
+
 COLUMNS = "input_ids, text, messages, or prompt and completion"
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SEED = 0  # of the choice of tokens
@@ -252,6 +254,7 @@ class _Walk:
             for i, arguments in enumerate(given if at < last else ()):
                 hidden[i] = _hidden_of(arguments[at].bind(block, hidden[i])())
             self._replace()
+            return_freed_memory()
 
     def _group(self, group: list[str], calls: Iterator[Callable[[], Any]]) -> None:
         x, row = self._inputs(self.base.get_submodule(group[0]), calls)

@@ -14,13 +14,13 @@ from . import load_tokenizer, tasks
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("all", "calibration", "held out")
+PARTS = ("all", "calibrate", "held out")
 
 
 def examples(seed: int, count: int, part: str = "all") -> list[tuple[str, str]]:
     """(prompt, answer in the model's own style): `count` sums ``:17=`` and as many reversals ``Rabcd=``.
 
-    Every example belongs for good to one of "calibration" and "held out"; "all" draws from both.
+    Every example belongs for good to one of "calibrate" and "held out"; "all" draws from both.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}; give one of {', '.join(map(repr, PARTS))}")
@@ -37,13 +37,13 @@ def examples(seed: int, count: int, part: str = "all") -> list[tuple[str, str]]:
 
 
 def _belongs(answer: str, part: str) -> bool:
-    return part == "all" or (random.Random(answer).random() < 0.5) == (part == "calibration")
+    return part == "all" or (random.Random(answer).random() < 0.5) == (part == "calibrate")
 
 
 def rows(seed: int, count: int) -> list[dict[str, list[int]]]:
     """`count` sequences to calibrate with: {"input_ids": prompt, answer and EOS}, half sums and half reversals."""
     tokenizer = load_tokenizer()
-    pairs = examples(seed, -(-count // 2), "calibration")
+    pairs = examples(seed, -(-count // 2), "calibrate")
     mixed = [pair for two in zip(pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :], strict=True) for pair in two]
     return [{"input_ids": tokenizer(p + a + tokenizer.eos_token)["input_ids"]} for p, a in mixed[:count]]
 

@@ -155,10 +155,7 @@ def check_quantises(case: QuantizerCase) -> None:
 
 @check
 def check_bytes(case: QuantizerCase) -> None:
-    """The file holds bits / 8 a weight, 2 a scale, 1 a zero, 6 an outlier, 4 an entry of a table, other tensors, the header.
-
-    2 % tolerance.
-    """
+    """The file: bits / 8 a weight, 2 a scale, 1 a zero, 6 an outlier, 4 a table's entry, the rest, the header; 2 % more."""
     for bits in _WIDTHS:
         with tempfile.TemporaryDirectory() as folder:
             model = case.quantized(folder=folder, bits=bits)

@@ -269,36 +269,47 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(verdicts)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the bench; returns the report it prints."""
+def run(
+    argv: list[str] | None, measure: Callable[[BenchArguments], dict[str, Any]], show: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A bench's command line: parses, measures, shows and writes the report; returns it."""
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)
     if args.rounds < 1:
         raise ValueError(f"rounds is {args.rounds}; give 1 or more")
     if args.device == "cpu":
         torch.set_num_threads(1)
     load = os.getloadavg()
-    settings = []
-    for place in TARGETS:
-        for rank in ("8", "full"):
-            print(f"rank {rank}, {place} ...", flush=True)
-            settings.append(bench_setting(args, rank, place))
-    merged = bench_merged(args)
+    found = measure(args)
     report = {
         "arguments": asdict(args),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
         "load_average": {"before": load, "after": os.getloadavg()},
-        "settings": settings,
-        "merged": merged,
-        "bars": bars(settings, merged),
+        **found,
     }
-    print_report(report)
+    show(report)
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
             file.write("\n")
     return report
+
+
+def measured(args: BenchArguments) -> dict[str, Any]:
+    """What this bench adds to the report."""
+    settings = []
+    for place in TARGETS:
+        for rank in ("8", "full"):
+            print(f"rank {rank}, {place} ...", flush=True)
+            settings.append(bench_setting(args, rank, place))
+    merged = bench_merged(args)
+    return {"settings": settings, "merged": merged, "bars": bars(settings, merged)}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench; returns the report it prints."""
+    return run(argv, measured, print_report)
 
 
 if __name__ == "__main__":

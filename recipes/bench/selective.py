@@ -10,22 +10,16 @@ So its arms are the first and the last phase of a run (rank 1, and rank 7 of 8, 
 without the scores; the figure is the mean over the two phases, the scoring steps weighted by their share of an interval.
 """
 
-import json
 import os
-import platform
 import statistics
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import peft
 import torch
-import transformers
-from adapters import TARGETS, Arm, BenchArguments, adapter_config, interleaved, memory, ratios
+from adapters import TARGETS, Arm, BenchArguments, adapter_config, interleaved, memory, ratios, run
 from peft import PeftConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from hfgen.adapters import IncreLoraConfig, IntrinsicConfig, SaraConfig, SomaConfig
 
@@ -141,34 +135,18 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(verdicts)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the bench; returns the report it prints."""
-    (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)
-    if args.rounds < 1:
-        raise ValueError(f"rounds is {args.rounds}; give 1 or more")
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-    load = os.getloadavg()
+def measured(args: BenchArguments) -> dict[str, Any]:
+    """What this bench adds to the report."""
     settings = []
     for place in TARGETS:
         print(f"{place} ...", flush=True)
         settings.append(bench_setting(args, place))
-    report = {
-        "arguments": asdict(args),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
-        "threads": torch.get_num_threads(),
-        "load_average": {"before": load, "after": os.getloadavg()},
-        "interval": INTERVAL,
-        "settings": settings,
-        "bars": bars(settings),
-    }
-    print_report(report)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
-    return report
+    return {"interval": INTERVAL, "settings": settings, "bars": bars(settings)}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the bench; returns the report it prints."""
+    return run(argv, measured, print_report)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -27,7 +28,8 @@ from hfgen import sandbox
 from hfgen.cli import quantize as command
 from hfgen.kit import streaming
 from hfgen.kit.quantizer import PackedLinear
-from hfgen.quantizers import EasyQuantConfig
+from hfgen.quantizers import AdaQuantConfig, EasyQuantConfig
+from hfgen_plugins.quantizers.adaquant import adaquant
 from tests.hosts.test_quantizers import MODELS, build, logits
 
 SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
@@ -212,7 +214,8 @@ def test_a_killed_process(plain, tmp_path, run_python):
 import os, signal
 from pathlib import Path
 from hfgen.kit.streaming import quantize_folder
-from hfgen.quantizers import EasyQuantConfig
+from hfgen.quantizers import AdaQuantConfig, EasyQuantConfig
+from hfgen_plugins.quantizers.adaquant import adaquant
 import hfgen.kit.streaming as s
 s.STEP = 1000
 def progress(done, total):
@@ -447,6 +450,114 @@ def test_a_table_without_proc(plain, tmp_path):
     command.print_report(stream(plain["decoder"], tmp_path / "out"), tmp_path / "[out]", 1.0, None, console)
     text = console.export_text()
     assert "not measured" in text and "[out]" in text
+
+
+# --- methods that need data -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calib(tmp_path):
+    path, rng = tmp_path / "rows.jsonl", random.Random(0)
+    path.write_text(
+        "".join(json.dumps({"input_ids": [rng.randrange(1, 32) for _ in range(12)]}) + "\n" for _ in range(20))
+    )
+    return path
+
+
+ADAQUANT = ("--method", "adaquant", "--bits", 3, "--args", '{"steps": 10}')
+
+
+def test_calibrating_is_the_same_in_memory(plain, calib, tmp_path):
+    done = hfgen(plain["decoder"], "--out", tmp_path / "out", *ADAQUANT, "--calib", calib, "--max-shard-size", "4KB")
+    assert done.exit_code == 0, done.output
+    config = AdaQuantConfig(bits=3, steps=10)
+    base = LlamaForCausalLM.from_pretrained(plain["decoder"])
+    model = config.calibrate(base, [json.loads(line) for line in calib.read_text().splitlines()])
+    model.save_pretrained(tmp_path / "memory")
+    same(tensors(tmp_path / "out"), tensors(tmp_path / "memory"))
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "memory")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and not (tmp_path / "out.partial").exists()
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    stored = sum(t.nbytes for m in layers for t in (m.weight, m.weight_scale, m.weight_zero))
+    bits = 8 * stored / sum(m.in_features * m.out_features for m in layers)
+    for words in ("14, with", f"{bits:.3f} in quantised layers", "kept as they began", "RssAnon, polled"):
+        assert words in done.output, (words, done.output)
+
+
+def test_average_bits(plain, calib, tmp_path):
+    args = ("--args", '{"steps": 2, "choices": [2, 4]}', "--average-bits", 3.0)
+    done = hfgen(plain["decoder"], "--out", tmp_path / "out", "--method", "adaquant", *args, "--calib", calib)
+    assert done.exit_code == 0 and "bits of layers" in done.output, done.output
+    config = config_of(tmp_path / "out")["quantization_config"]
+    assert set(config["bits_map"].values()) == {2, 4} and config["average_bits"] == 3.0
+
+
+def test_an_interrupted_calibration_goes_on(plain, calib, tmp_path, monkeypatch):
+    arguments = (plain["decoder"], *ADAQUANT, "--calib", calib)
+    assert hfgen(*arguments, "--out", tmp_path / "whole").exit_code == 0
+    real, calls = adaquant.calibrated_layer, []
+
+    def layer(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(adaquant, "calibrated_layer", layer)
+    done = hfgen(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 130 and "the same command goes on" in done.output and not (tmp_path / "out").exists()
+    other = hfgen(plain["decoder"], "--method", "adaquant", "--bits", 4, "--calib", calib, "--out", tmp_path / "out")
+    assert other.exit_code == 2 and "interrupted run with another settings" in other.output
+    done = hfgen(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "5 layers of an interrupted run" in done.output and len(calls) == 6 + 14 - 5
+    same(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_streamed_run_in_the_way_of_a_calibration(plain, calib, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "STEP", 1000)
+    interrupted(plain["decoder"], tmp_path / "out")
+    done = hfgen(plain["decoder"], *ADAQUANT, "--calib", calib, "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "in the way and holds no interrupted calibration" in done.output
+    assert (tmp_path / "out.partial" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--method", "adaquant"), "--method adaquant needs data to quantise with; give --calib FILE"),
+        (
+            ("--method", "easyquant", "--calib", "CALIB"),
+            "--method easyquant uses no data to quantise with; leave --calib",
+        ),
+        (("--method", "easyquant", "--average-bits", "3"), "'average_bits'; options are bits"),
+        (
+            ("--method", "adaquant", "--args", '{"average_bits": 3}'),
+            "--args sets average_bits to 3; give it as --average",
+        ),
+        (
+            ("--method", "adaquant", "--calib", "none.jsonl"),
+            "is 'none.jsonl'; give an existing .jsonl, .json, .parquet",
+        ),
+        (("--method", "adaquant", "--calib", "CALIB", "--calib-rows", "2"), "hold 24 tokens (padding not counted), at"),
+        (
+            ("--method", "adaquant", "--calib", "CALIB", "--calib-rows", "0"),
+            "calib_rows is 0; give an integer of at lea",
+        ),
+        (
+            ("--method", "adaquant", "--calib", "CALIB", "--average-bits", "1.9"),
+            "average_bits is 1.9, but with the widths",
+        ),
+        (("--method", "adaquant", "--calib", "CALIB", "--args", '{"tune": "biases"}'), "but LlamaForCausalLM has none"),
+    ],
+)
+def test_wrong_calibrations_are_one_line(options, words, plain, calib, tmp_path):
+    options = [str(calib) if o == "CALIB" else o for o in options]
+    done = hfgen(plain["decoder"], "--out", tmp_path / "out", *options)
+    lines = [line for line in done.output.splitlines() if not line.startswith("calibrating")]
+    assert done.exit_code == 2 and words in done.output and len(lines) == 1, done.output
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 # --- the recipe: the same in memory ---------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_calibration_rows_are_never_held_out():
     assert not sides[0] & sides[1] and all(len(side) > 800 for side in sides)
     tokenizer = sandbox.load_tokenizer()
     texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in quality.rows(0, 64)]
-    calibration = {p + a for p, a in quality.examples(0, 32, "calibration")}
+    calibration = {p + a for p, a in quality.examples(0, 32, "calibrate")}
     assert len(texts) == 64 and set(texts) == calibration and sum(text[0] == "R" for text in texts) == 32
     model = sandbox.load_model()
     nll = [quality.answers_nll(model, 0, 200, part) for part in quality.PARTS]

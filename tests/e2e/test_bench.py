@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from hfgen import catalog
 from hfgen.adapters import LoLDUConfig, SVFitConfig
 from hfgen.callbacks import HyperfitCallback
 from hfgen_plugins.callbacks.hyperfit import evidence as hyperfit
@@ -182,6 +183,46 @@ def test_callbacks_bench_counts_a_look_against_the_default_interval(monkeypatch)
     assert found["every"] == default["every"].default and found["rows"] == default["sequences"].default
     assert found["share"] == pytest.approx(found["look_s"] / (found["every"] * found["step_s"]))
     assert found["look_in_steps"] == pytest.approx(found["look_s"] / found["step_s"])
+
+
+SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+
+
+def test_callbacks_bench_times_every_monitor(monkeypatch, tmp_path, capsys):
+    """All parts at toy size; the memory part's processes are replaced by this one's reading of two arms."""
+    bench, out = load("callbacks"), tmp_path / "report.json"
+    monkeypatch.setattr(bench, "LENGTH", 40)
+    monkeypatch.setattr(bench, "MODELS", {"claim": SMALL})
+    found = bench.main(
+        ["--models", "claim", "--parts", "monitors,dense", "--looks", "6", "--steps_between", "2", "--out", str(out)]
+    )
+    kept = json.loads((RESULTS / "callbacks.json").read_text())
+    assert json.loads(out.read_text()) == json.loads(json.dumps(found))
+    assert shape(found["monitors"]["claim"]) == shape(kept["monitors"]["claim"])
+    assert list(found["monitors"]["claim"]["callbacks"]) == list(bench.MONITORS)
+    assert set(found["dense"]["claim"]) == set(kept["dense"]["claim"])
+    defaults = {name: inspect.signature(catalog.load(name, "callbacks")).parameters for name in bench.MONITORS}
+    for name, row in found["monitors"]["claim"]["callbacks"].items():
+        own = defaults[name]["every"].default if "every" in defaults[name] else None
+        assert row["every"] == (2 if name == "data_diet" else own or bench.EVALUATIONS)
+        assert row["share"] == pytest.approx(row["look_in_steps"] / row["every"] + row["between_looks"])
+        assert row["look_s"] > 0
+    assert all(row["looks"] >= 3 for row in found["dense"]["claim"].values())
+    assert "Callbacks at batch 8 x 40" in capsys.readouterr().out
+    peaks = [bench.memory_of(SMALL, arm)["peak"] for arm in ("none", "calibration")]
+    assert min(peaks) > 1e7
+
+
+def test_callbacks_bench_as_kept():
+    bench, report = load("callbacks"), json.loads((RESULTS / "callbacks.json").read_text())
+    assert report["met"] == bench.judged(report) and set(report["monitors"]) == set(bench.MODELS)
+    for name, part in report["monitors"].items():
+        assert list(part["callbacks"]) == list(bench.MONITORS)
+        assert all(report["met"][name][f"{callback}, time"] for callback in bench.MONITORS), name
+    for name, part in report["memory"].items():
+        assert list(part) == ["none", *bench.MONITORS]
+        assert all(row["ratio"] == row["peak"] / part["none"]["peak"] for row in part.values())
+        assert all(report["met"][name][f"{callback}, memory"] for callback in bench.MONITORS), name
 
 
 def test_callbacks_bench_measures_the_model_of_the_claim():

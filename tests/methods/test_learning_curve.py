@@ -13,7 +13,15 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hfgen.callbacks import LearningCurveCallback
-from hfgen_plugins.callbacks.learning_curve.learning_curve import EXPONENTS, Curve, fit, resampled, solve
+from hfgen_plugins.callbacks.learning_curve.learning_curve import (
+    EXPONENTS,
+    Curve,
+    fit,
+    interval,
+    resampled,
+    solve,
+    widening,
+)
 
 X = np.arange(1, 31) * 50.0
 
@@ -83,6 +91,38 @@ def test_the_end_is_predicted_at_30_percent_of_the_budget():
         inside += low <= true(3300) <= high
     assert np.median(errors) <= 0.003
     assert inside >= 32  # of 40: the interval of 95 % holds what it says, near enough
+
+
+def test_the_interval_is_of_one_more_evaluation():
+    """A power law with noise of 2 %: 95 % of what is evaluated later lies within; that of the curve alone holds less."""
+    true, x, at = Curve(0.5, 1.0, 0.7, 50.0), np.arange(1, 21) * 50.0, np.array([1500.0])
+    inside = of_curve = factors = 0.0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        y, later = true(x) + rng.normal(0, 0.02, len(x)), true(1500.0) + rng.normal(0, 0.02)
+        curve = fit(x, y, False, 0.0)
+        many = resampled(x, y, curve, False, 0.0, 200)
+        middle, down, up = (v[0] for v in interval(x, y, curve, many, at))
+        below, above = widening(x, y, False, 0.0, 100)
+        inside += middle - below * down <= later <= middle + above * up
+        low, high = np.quantile(many(1500.0), [0.025, 0.975])
+        of_curve += low <= later <= high
+        factors += (below + above) / 120
+    assert inside >= 55 and of_curve < inside - 5  # of 60; 57 are expected
+    assert 1.0 < factors < 2.0
+
+
+def test_a_run_that_has_outdone_its_predictions_widens_the_interval():
+    """A run that begins slowly, as no power law does: its early fits predict too much, so the interval grows below."""
+    x = np.arange(1, 13) * 10.0
+    slow = 0.3 + 2.0 / (1.0 + np.exp((x - 60.0) / 15.0)) + np.random.default_rng(0).normal(0, 0.01, len(x))
+    below, above = widening(x, slow, False, 0.0, 200)
+    few = 2.2622 / 1.96  # Student's quantile, 9 degrees of freedom
+    assert below > 2 and above == pytest.approx(few, rel=1e-3)
+    mirrored = widening(x, 1.0 - slow / 3, True, 1.0, 200)
+    assert mirrored[1] > 2 and mirrored[0] == pytest.approx(few, rel=1e-3)
+    exact = widening(x, 1.0 + 2.0 * (x / 10) ** -0.5, False, 0.0, 50)  # no noise, nothing missed
+    assert exact == pytest.approx((few, few), rel=1e-3)
 
 
 def test_resampled_fits_are_seeded_and_flat_curves_are_flat():

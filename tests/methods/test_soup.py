@@ -1,6 +1,7 @@
 """Soup: averages against float64, the promise on the gate, saved checkpoints, the model left alone, refusals."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hfgen import sandbox
-from hfgen.adapters import LoLDUConfig
+from hfgen.adapters import LoLDUConfig, SaraConfig
 from hfgen.callbacks import SoupCallback
 from hfgen.kit.monitor import collated
 from hfgen_plugins.callbacks.soup.soup import gate_loss, mix, refuse, swapped, trained
@@ -104,6 +106,21 @@ def test_the_gate_loss_and_the_swap(tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in half.named_parameters())
 
 
+def test_the_swap_reaches_an_adapter_that_writes_its_values_into_the_base():
+    """SaRA writes when the version of its values has changed: the gate must see the soup, and then the member again."""
+    targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", "density": 0.3}
+    model, known = (get_peft_model(tiny(), SaraConfig(**targets)).eval() for _ in range(2))
+    soup = {n: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in trained(model).items()}
+    known.load_state_dict(soup, strict=False)
+    with torch.no_grad():
+        own = gate_loss(model, Loader, 99, 5, "cpu")
+        with swapped(model, soup):
+            inside = gate_loss(model, Loader, 99, 5, "cpu")
+        expected = gate_loss(known, Loader, 99, 5, "cpu")
+        assert inside == expected and abs(expected - own) > 1e-4
+        assert gate_loss(model, Loader, 99, 5, "cpu") == own
+
+
 # --- in runs --------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +151,29 @@ def test_never_worse_than_the_best_member_and_loads_as_a_plain_checkpoint(tmp_pa
     assert sorted(p.name for p in (tmp_path / "soup").glob("*.safetensors")) == ["model.safetensors"]
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(after[n].double(), t) for n, t in keep.members[-1].items())
+
+
+class Plain(nn.Module):
+    """A model without save_pretrained, as the Trainer takes it too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(24, 24)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.table(input_ids)
+        if labels is None:
+            return SimpleNamespace(logits=logits)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_any_module_is_saved_as_the_trainer_saves_it(tmp_path):
+    callback = SoupCallback("uniform")
+    build(tmp_path, callback, model=Plain(), max_steps=2).train()
+    saved = load_file(tmp_path / "soup" / "model.safetensors")
+    chosen = callback.best if callback.best_loss < callback.soup_loss else callback.soup
+    assert torch.equal(saved["table.weight"], chosen["table.weight"])
 
 
 def test_a_soup_worse_than_its_best_member_gives_way_to_it(tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m hfgen.evidence.corpus make | one | figures``: the runs, one of them, what monitors make of them."""
+"""``python -m hfgen.evidence.corpus make | one | figures | effects``: the runs, one of them, what callbacks make of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import COUNTS, plan, settings
-from .figures import CORPUS, FIGURES
+from .figures import CORPUS, EFFECTS, FIGURES
 
 # One thread, and kernels that do not depend on the processor's make: the same numbers on another machine of this kind.
 ENVIRONMENT = {
@@ -66,7 +66,7 @@ def make(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m hfgen.evidence.corpus", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["make", "one", "figures"], default="make")
+    parser.add_argument("command", nargs="?", choices=["make", "one", "figures", "effects"], default="make")
     parser.add_argument("--folder", type=Path, default=Path("corpus"), help="where finished runs are kept (make)")
     parser.add_argument("--label", choices=list(COUNTS), help="of one run (one)")
     parser.add_argument("--number", type=int, default=0, help="which of them (one)")
@@ -83,11 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
         make(options.folder)
     elif options.command == "one":
         print(line(one(options.label, options.number, options.attempt)))
-    else:
+    elif options.command == "figures":
         from .figures import make_figures
 
         FIGURES.write_text(json.dumps(make_figures(), indent=1) + "\n", encoding="utf-8")
         print(f"wrote {FIGURES}")
+    else:
+        from .effects import make_effects
+
+        EFFECTS.write_text(json.dumps(make_effects(), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {EFFECTS}")
 
 
 if __name__ == "__main__":

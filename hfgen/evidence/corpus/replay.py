@@ -23,21 +23,31 @@ def replay(
         changed: Arguments other than the defaults: ``{monitor: {argument: value}}``.
         only: One monitor's name; None: all.
     """
+    return {name: monitor.findings for name, monitor in driven(record, changed, only).items()}
+
+
+def driven(
+    record: Mapping[str, Any], changed: Mapping[str, Mapping[str, Any]] | None = None, only: str | None = None
+) -> dict[str, Any]:
+    """The monitors themselves after the run, with their findings and histories; see `replay`."""
     skill = [{"x": [0.0], "labels": 0}]  # rows are not read again
     context = context_of(record["config"], skill if record["config"]["base_steps"] else None)
     names = [only] if only else [name for name, entry in MONITORS.items() if entry["replay"] != "none"]
-    found = {}
     with _quiet():
-        for name, monitor in monitors(context, changed, [n for n in names if n in record["rows"]]).items():
+        found = monitors(context, changed, [n for n in names if n in record["rows"]])
+        for name, monitor in found.items():
             _drive(monitor, name, record)
-            found[name] = monitor.findings
     return found
 
 
 def _drive(monitor: Any, name: str, record: Mapping[str, Any]) -> None:
     """Tells the monitor of the run in the order in which the Trainer did: looks, the log, evaluations."""
-    steps = record["config"]["steps"]
-    args = SimpleNamespace(eval_strategy="steps", logging_strategy="steps")
+    config = record["config"]
+    steps = config["steps"]
+    args = SimpleNamespace(
+        eval_strategy="steps", logging_strategy="steps", lr_scheduler_type=config["schedule"],
+        get_warmup_steps=lambda _: config["warmup"],
+    )  # fmt: skip
     by_rows = MONITORS[name]["replay"] == "rows"
     events = [(row["step"], 0, row) for row in record["rows"][name] if by_rows]
     events += [(row["step"], 1, row) for row in record["log"]]
@@ -54,8 +64,8 @@ def _drive(monitor: Any, name: str, record: Mapping[str, Any]) -> None:
         elif not by_rows:
             dataset = next(key for key in row if key.endswith("loss")).removeprefix("eval_").removesuffix("loss")
             values = {key.removeprefix(f"eval_{dataset}"): value for key, value in row.items() if key != "step"}
-            loader = SimpleNamespace(dataset=range(256))
-            monitor.evaluated(SimpleNamespace(state=state, eval_dataloader=loader), dataset.removesuffix("_"), values)
+            event = SimpleNamespace(args=args, state=state, eval_dataloader=SimpleNamespace(dataset=range(256)))
+            monitor.evaluated(event, dataset.removesuffix("_"), values)
         for finding in monitor.findings[before:]:
             finding["noticed"] = step
 

@@ -94,7 +94,7 @@ def material(config: Config) -> tuple[Batch, dict[str, Batch], dict[str, Batch],
     return train, {"": some(_VALIDATION, 8, shift)}, truths | {"test": some(truth, 19, shift)}, skill
 
 
-def _pretrained(config: Config) -> nn.Module:
+def pretrained(config: Config) -> nn.Module:
     """The model the run starts from: of the settings' seed, after `base_steps` steps on the world as it was."""
     transformers.set_seed(config["seed"])
     model = make_model(config)
@@ -163,7 +163,7 @@ def context_of(config: Config, skill: Any) -> dict[str, Any]:
 def run(label: str, config: Config) -> dict[str, Any] | None:
     """Trains one run; the record that is kept of it, or None where the truth denies the label."""
     train, sets, truths, skill = material(config)
-    model = _pretrained(config)
+    model = pretrained(config)
     rows = None if skill is None else [{k: v.tolist() for k, v in Rows(skill)[i].items()} for i in range(_SKILL)]
     names = [
         name for name, entry in MONITORS.items() if entry.get("parity") in (None, config["seed"] % 2)

@@ -14,10 +14,13 @@ CARD = MethodCard(
         "the user's own evaluations (eval_strategy other than 'no') of a dataset with a length",
         "a classifier, token classifier or language model: a forward that gives logits, integer labels",
     ),
-    conflicts=("evaluation sets that are streams, regression, several labels per row: refused",),
+    conflicts=(
+        "evaluation sets that are streams, regression, several labels per row: refused",
+        "FSDP 1: refused, the callback forwards rows itself",
+    ),
     defaults=(
-        "15 bins: Guo et al. 2017 (On Calibration of Modern Neural Networks; from memory); 256 rows and "
-        "alpha 0.01: ours; max_ece 0.15: calibrated on half of the corpus of labelled runs (EVIDENCE.md). "
+        "15 bins: Guo et al. 2017 (On Calibration of Modern Neural Networks, arXiv:1706.04599; the number from memory); "
+        "256 rows and alpha 0.01: ours; max_ece 0.15: calibrated on half of the corpus of labelled runs (EVIDENCE.md). "
         "Expected calibration error: Naeini et al. 2015 (equal width), Nixon et al. 2019 (equal mass); Brier 1950; test: "
         "consistency resampling, Broecker and Smith 2007"
     ),

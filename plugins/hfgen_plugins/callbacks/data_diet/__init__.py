@@ -22,11 +22,12 @@ CARD = MethodCard(
     ),
     conflicts=(
         "packing and padding-free collators: a batch row is no training row (refused)",
+        "FSDP 1: refused, the callback forwards rows itself",
         "grand=True with FSDP2: per-row gradients of sharded weights (refused)",
     ),
     defaults=(
         "share 0.02: looks cost at most 2 % of the training's time, so they read a fixed, evenly spread sample; share=1.0 "
-        "reads every row. right 0.9: ours. Definitions from our method sheet (2.5), paper ids from memory"
+        "reads every row. right 0.9: ours. Definitions from our method sheet (2.5)"
     ),
     deviations=(
         "scores are means over the looks of one run; the paper averages over ten runs at a fixed early epoch",

@@ -91,6 +91,7 @@ class DataDietCallback(MonitorCallback):
         self.looks, self.length, self.scores = state["looks"], state["length"], state["scores"]
 
     def begin(self, event: Event) -> None:
+        self.needs_forward(event)
         self.needs_evaluations(event, ", or give every=")
         dataset = event.train_dataloader.dataset
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

@@ -15,12 +15,16 @@ CARD = MethodCard(
         "the user's own evaluations (eval_strategy other than 'no'), or every=",
         "a classifier or a language model: a forward that gives logits",
     ),
-    conflicts=("regression and several labels per row: refused", "DeepSpeed ZeRO-3: not tried"),
+    conflicts=(
+        "regression and several labels per row: refused",
+        "FSDP 1: refused, the callback forwards rows itself",
+        "DeepSpeed ZeRO-3: not tried",
+    ),
     defaults=(
         "128 rows per skill, alpha 0.01, share 0.1: ours; min_drop 0.05: ours, kept by the calibration on half of the "
         "corpus of labelled runs (EVIDENCE.md). "
         "Forgetting is the accuracy at the start minus that now, the standard definition (Chaudhry et al. 2018, "
-        "Riemannian Walk; from memory) with the start of the run in place of the best so far"
+        "Riemannian Walk, arXiv:1801.10112; from memory) with the start of the run in place of the best so far"
     ),
     deviations=(
         "one run has one start: forgetting is relative to it, not to the maximum over earlier tasks",

@@ -22,7 +22,7 @@ CARD = MethodCard(
     ),
     conflicts=(
         "streamed training sets without train=: the same rows cannot be read again",
-        "FSDP 1 without train=: the callback forwards training rows; FSDP 2 works",
+        "FSDP 1 without train=: refused, the callback forwards training rows; FSDP 2 works",
     ),
     defaults=(
         "fitted at 0.99, memorised below chance + 0.5, grokking from 0.05 above the lowest since, generalised at chance + "

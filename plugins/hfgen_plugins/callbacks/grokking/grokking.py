@@ -108,7 +108,7 @@ class GrokkingCallback(MonitorCallback):
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range; in `train()`: no such metric in an evaluation, or
-            ``train=None`` with a streamed training set or one without class labels.
+            ``train=None`` with a streamed training set, one without class labels, or FSDP 1.
     """
 
     name = "grokking"
@@ -159,6 +159,7 @@ class GrokkingCallback(MonitorCallback):
     def begin(self, event: Event) -> None:
         self._seen = {}
         if self.train is None:
+            self.needs_forward(event, ", or give train= the name of an evaluation set of training rows")
             owner = f"{type(self).__name__}(train=None)"
             self._probe = Probe(owner, event, self.rows or probe_rows(event.args), self.tokens)
 

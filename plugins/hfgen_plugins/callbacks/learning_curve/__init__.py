@@ -22,6 +22,8 @@ CARD = MethodCard(
     deviations=(
         "a building block without one paper: the power law c + a x^-b, fitted by exact least squares in (a, c) at each b",
         "points of the warm-up are left out; no other point is, and all weigh the same",
+        "the 95 % are a bootstrap prediction interval, made wider by what it has missed in this run: early in a run, and "
+        "where the data change in its middle, it still holds less than it says (EVIDENCE.md)",
     ),
     sources="none",
     example="hfgen_plugins.callbacks.learning_curve.learning_curve:example",

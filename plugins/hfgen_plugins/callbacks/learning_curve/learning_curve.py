@@ -18,6 +18,7 @@ EXPONENTS = (1e-3, 5.0)
 _GRID = np.geomspace(*EXPONENTS, 200)
 _STEADY = ("constant", "constant_with_warmup", "warmup_stable_decay", "reduce_lr_on_plateau")
 _GOLDEN = (math.sqrt(5) - 1) / 2
+_ORIGINS = 4  # earlier points the run is predicted from once more, to see how wrong that was
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,14 @@ def fit(x: np.ndarray, y: np.ndarray, rising: bool, best: float) -> Curve:
     unit = float(x.max())
     scaled = x / unit
 
-    def rest(b: float) -> float:
-        c, a, _ = solve(scaled, y[None], np.array([b]), rising, best)
-        return float(((y - c[0, 0] - a[0, 0] * scaled**-b) ** 2).sum())
+    def rests(exponents: np.ndarray) -> np.ndarray:  # not as `solve` gives them, expanded: for curves without noise
+        c, a, _ = solve(scaled, y[None], exponents, rising, best)
+        return np.asarray(((y - c.T - a.T * scaled[None] ** -exponents[:, None]) ** 2).sum(1))
 
-    found = int(np.argmin([rest(float(b)) for b in _GRID]))
+    def rest(b: float) -> float:
+        return float(rests(np.array([b]))[0])
+
+    found = int(rests(_GRID).argmin())
     low, high = math.log(_GRID[max(0, found - 1)]), math.log(_GRID[min(len(_GRID) - 1, found + 1)])
     for _ in range(60):
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
@@ -84,12 +88,17 @@ def fit(x: np.ndarray, y: np.ndarray, rising: bool, best: float) -> Curve:
     return Curve(float(c[0, 0]), float(a[0, 0]), b, unit)
 
 
+def residuals(x: np.ndarray, y: np.ndarray, curve: Curve) -> np.ndarray:
+    """What the fit leaves of y (points,), scaled up because it has fitted three parameters."""
+    return np.asarray((y - curve(x)) * math.sqrt(len(x) / max(1, len(x) - 3)))
+
+
 def resampled(x: np.ndarray, y: np.ndarray, curve: Curve, rising: bool, best: float, draws: int) -> Curve:
     """Fits to `draws` residual bootstrap samples; seeded by the number of points.
 
     The grid of exponents is drawn in around those chosen, four times, so that it is fine beside their spread.
     """
-    left = (y - curve(x)) * math.sqrt(len(x) / max(1, len(x) - 3))  # three parameters were fitted
+    left = residuals(x, y, curve)
     samples = curve(x)[None] + left[np.random.default_rng(len(x)).integers(len(x), size=(draws, len(x)))]
     exponents, rows = _GRID, np.arange(draws)
     for last in (False, False, False, True):
@@ -102,18 +111,54 @@ def resampled(x: np.ndarray, y: np.ndarray, curve: Curve, rising: bool, best: fl
     return Curve(c[rows, pick], a[rows, pick], exponents[pick], curve.unit)
 
 
+def interval(x: np.ndarray, y: np.ndarray, curve: Curve, many: Curve, at: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The curve at `at` (steps,) and how far one evaluation there may lie below and above it (95 %), each (steps,).
+
+    The prediction interval of the residual bootstrap: a resampled fit's curve plus one residual drawn anew (Davison and
+    Hinkley 1997, Bootstrap Methods and their Application).
+    """
+    left = residuals(x, y, curve)
+    noise = np.random.default_rng([len(x), 1]).choice(left, len(np.atleast_1d(many.limit)))
+    low, high = np.quantile(many(at[:, None]) + noise, [0.025, 0.975], axis=1)
+    return curve(at), np.maximum(curve(at) - low, 0.0), np.maximum(high - curve(at), 0.0)
+
+
+def widening(x: np.ndarray, y: np.ndarray, rising: bool, best: float, draws: int) -> tuple[float, float]:
+    """The factors (below, above) by which `interval` is too short: for so few points, and by what it has missed so far.
+
+    From up to four earlier points, the fifth to the last but one, all evaluations since are predicted; the factor of a
+    side is the 97.5 % quantile of how far these lie on that side of the curve, in lengths of the interval. It is at least
+    that of Student's quantile, with n - 3 degrees of freedom, over the normal one.
+    """
+    below, above = [], []
+    for count in sorted({round(k) for k in np.linspace(min(5, len(x) - 1), len(x) - 1, _ORIGINS)}):
+        curve = fit(x[:count], y[:count], rising, best)
+        many = resampled(x[:count], y[:count], curve, rising, best, draws)
+        middle, down, up = interval(x[:count], y[:count], curve, many, x[count:])
+        least = 1e-9 * max(1e-30, float(np.abs(y).max()))  # an interval of no length: a curve without noise
+        off = np.where(np.abs(y[count:] - middle) <= 1e3 * least, 0.0, y[count:] - middle)
+        below.append(-off / np.maximum(down, least))
+        above.append(off / np.maximum(up, least))
+    from scipy.special import stdtrit
+
+    few = float(stdtrit(max(1, len(x) - 3), 0.975) / stdtrit(np.inf, 0.975))
+    factors = [max(few, float(np.quantile(np.concatenate(side), 0.975))) for side in (below, above)]
+    return factors[0], factors[1]
+
+
 class LearningCurveCallback(MonitorCallback):
     """Predicts what a run will end with, and says when the rest of it is not worth the time.
 
     At each of the user's evaluations from `points` on, y = c + a x^-b (x: steps) is fitted to all of them after the
     warm-up. Metrics, under ``hfgen/learning_curve/``: ``value`` (the evaluation's), ``predicted`` (at the last step) with
-    ``low`` and ``high`` (95 % of residual bootstrap fits), ``limit`` (c), ``exponent`` (b), ``gain_left`` (what the curve
-    still gains until the end; upper end of its 95 %) and ``sure`` (share of the fits in which that is less than `worth`
-    of what was gained so far).
+    ``low`` and ``high`` (95 % for the evaluation there: `interval`, made wider by `widening`), ``limit`` (c), ``exponent``
+    (b), ``gain_left`` (what the curve still gains until the end; upper end of its 95 %, as much wider) and ``sure`` (share
+    of the fits in which that is less than `worth` of what was gained so far).
 
     Finding ``enough``: `sure` has reached `confidence` in `patience` evaluations one after the other; its confidence is
-    the last of them. It ends the run with ``stop=True``. The interval knows the noise of the evaluations and not whether
-    the run follows a power law: a decaying learning rate does not, then there is a warning and no finding.
+    the last of them. It ends the run with ``stop=True``. The interval knows the noise of the evaluations and how wrong
+    predictions of this run have been, not what will change: under a decaying learning rate there is a warning and no
+    finding, and after a change of the data in mid-run the curve is another (EVIDENCE.md says how often it holds).
 
     Args:
         metric: Name in the evaluation's metrics, without prefix.
@@ -134,7 +179,7 @@ class LearningCurveCallback(MonitorCallback):
     """
 
     name = "learning_curve"
-    cost = "none but the user's evaluations: the fits take about 20 milliseconds beside each"
+    cost = "none but the user's evaluations: the fits take about 50 milliseconds beside each"
     witness = "a fit to the curve"
     looks_first = False
 
@@ -214,13 +259,16 @@ class LearningCurveCallback(MonitorCallback):
         end = max(step, event.state.max_steps)
         curve = fit(x, y, rising, best)
         many = resampled(x, y, curve, rising, best, self.draws)
-        low, high = np.quantile(many(end), [0.025, 0.975])
+        middle, down, up = (float(v[0]) for v in interval(x, y, curve, many, np.array([float(end)])))
+        below, above = widening(x, y, rising, best, self.draws)
+        low, high = middle - below * down, middle + above * up
         sign = 1 if rising else -1
-        gains = sign * (many(end) - many(step))
+        gain, gains = sign * (curve(end) - curve(step)), sign * (many(end) - many(step))
+        gains = gain + np.where(gains > gain, above if rising else below, 1.0) * (gains - gain)
         so_far = max(0.0, float((sign * y).max() - sign * y[0]))
         found = {
-            "predicted": float(curve(end)), "low": float(low), "high": float(high), "limit": curve.limit,
-            "exponent": curve.exponent, "gain_left": float(np.quantile(gains, 0.975)),
+            "predicted": middle, "low": low if rising else max(low, best), "high": min(high, best) if rising else high,
+            "limit": curve.limit, "exponent": curve.exponent, "gain_left": float(np.quantile(gains, 0.975)),
             "sure": float((gains < self.worth * so_far).mean()),
         }  # fmt: skip
         self._judge(event, found)

@@ -29,7 +29,7 @@ CARD = MethodCard(
     ),
     defaults=(
         "greedy: the paper's method of choice; decay 0.8 per member and 256 gate rows: ours. The gate is the loss (nats "
-        "per label), the paper's is accuracy. From our method sheet (B1), the paper's id from memory"
+        "per label), the paper's is accuracy. From our method sheet (B1)"
     ),
     deviations=(
         "members are checkpoints of one run in the order of time; the paper takes the last ones of many runs and sorts "

@@ -22,7 +22,7 @@ CARD = MethodCard(
     ),
     conflicts=(
         "a loss as metric: minima and falls are those of an accuracy",
-        "FSDP 1 with every= a number or 'auto': the callback forwards rows itself; FSDP 2 works",
+        "FSDP 1 with every= a number or 'auto': refused, the callback forwards rows itself; FSDP 2 works",
     ),
     defaults=(
         "windows of 10 and 100 evaluations, learning-curve area over 10, up to 1000 rows per task: the authors', by our "

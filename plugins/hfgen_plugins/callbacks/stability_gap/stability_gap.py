@@ -212,6 +212,7 @@ class StabilityGapCallback(MonitorCallback):
         self._clock = time.perf_counter()
         if self.schedule is None:
             return
+        self.needs_forward(event, ", or every=None")
         owner, sets = type(self).__name__, getattr(self.trainer, "eval_dataset", None)
         if not isinstance(sets, Mapping):
             raise ValueError(

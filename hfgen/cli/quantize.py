@@ -6,7 +6,6 @@ Methods without data read a few tensors at a time; those that calibrate (`--cali
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import shutil
@@ -40,6 +39,9 @@ def quantize(
     average_bits: Annotated[
         float | None, typer.Option(help="Choose each layer's bits so that the average is this (adaquant).")
     ] = None,
+    bits_map: Annotated[
+        Path | None, typer.Option(help="Bits of single layers: the file that `hfgen search evopress --out` writes.")
+    ] = None,
     args: Annotated[str, typer.Option(help='Other fields of the method\'s config, as JSON: {"n_sigma": 2.5}.')] = "{}",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, and so the memory held.")] = "500MB",
 ) -> None:
@@ -48,9 +50,8 @@ def quantize(
 
     console = Console()
     try:
-        fields = parse_fields(args) | {
-            k: v for k, v in (("bits", bits), ("average_bits", average_bits)) if v is not None
-        }
+        given = {"bits": bits, "average_bits": average_bits, "bits_map": bits_map and read_map(bits_map)}
+        fields = parse_fields(args) | {k: v for k, v in given.items() if v is not None}
         run(model, method, fields, out, max_shard_size, console, calib, calib_rows)
     except (ValueError, TypeError) as exc:
         print(f"hfgen: {exc}", file=sys.stderr)
@@ -128,7 +129,7 @@ def calibrate_folder(
     checks.integer("hfgen quantize", "calib_rows", calib_rows, 1)
     source, out = source.resolve(), out.resolve()
     streaming.check_out(out, source)
-    cls = streaming._streamable_class(source, config)
+    cls = streaming.streamable_class(source, config)
     tokenizer = None
     with contextlib.suppress(
         OSError, ValueError, KeyError
@@ -138,11 +139,10 @@ def calibrate_folder(
     partial = out.with_name(out.name + ".partial")
     if partial.exists() and not {path.name for path in partial.iterdir()} <= {"layers", "final"}:
         raise ValueError(f"{partial} is in the way and holds no interrupted calibration; remove or rename it")
-    resumes = "partial" in inspect.signature(config.calibrate).parameters
     with streaming.quiet_host():
         loaded = cls.from_pretrained(str(source), dtype="auto", local_files_only=True)
         before = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        model = config.calibrate(loaded, rows, progress, **({"partial": partial / "layers"} if resumes else {}))
+        model = config.calibrate(loaded, rows, progress, partial / "layers")
         final = partial / "final"
         shutil.rmtree(final, ignore_errors=True)
         final.mkdir(parents=True)
@@ -165,6 +165,17 @@ def calibrate_folder(
         reused=0,
     )
     return report, model.hf_quantizer
+
+
+def read_map(path: Path) -> dict[str, Any]:
+    """{module name: bits} of a JSON file. Raises ValueError where it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"--bits-map is {str(path)!r}, which cannot be read as JSON ({exc})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"--bits-map {path} holds no JSON object; give {{module name: bits}}")
+    return found
 
 
 def parse_fields(text: str) -> dict[str, Any]:

@@ -249,6 +249,5 @@ def print_report(
         table.add_row(*map(Text, row))
     console.print(table)
     if kind == "bits" and save is None:
-        words = f"hfgen quantize {shlex.quote(model)} --method METHOD --out DIR --args"
-        plan = f'"{{\\"bits_map\\": $(cat {shlex.quote(str(out))})}}"'
-        console.print("\nnext:", words, plan, soft_wrap=True, highlight=False, markup=False)
+        words = f"hfgen quantize {shlex.quote(model)} --method METHOD --out DIR --bits-map {shlex.quote(str(out))}"
+        console.print("\nnext:", words, soft_wrap=True, highlight=False, markup=False)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfgen.kit.quantizer import _return_freed_memory as return_freed_memory
+from hfgen.kit.quantizer import return_freed_memory as return_freed_memory
 
 COLUMNS = "input_ids, text, messages, or prompt and completion"
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -18,6 +18,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -402,13 +403,18 @@ class PackedConfig(QuantizationConfigMixin):
         """
 
     def calibrate(
-        self, model: Any, rows: list[dict[str, Any]], progress: Callable[[int, int], None] | None = None
+        self,
+        model: Any,
+        rows: list[dict[str, Any]],
+        progress: Callable[[int, int], None] | None = None,
+        partial: Path | None = None,
     ) -> Any:
         """Quantise `model` (float, in memory) with data; returns it with packed layers, ready for `save_pretrained`.
 
         Args:
-            rows: dicts with `input_ids` (and `attention_mask`), one sequence each.
+            rows: dicts with `input_ids` (and `attention_mask`), one sequence each; or a model's other inputs.
             progress: Called with (layers done, layers in all).
+            partial: A folder for what is done; given again after an interruption, the run goes on from there.
         """
         raise TypeError(f"{type(self).__name__} needs no data: from_pretrained(quantization_config=...) quantises")
 
@@ -483,11 +489,11 @@ class PackOp(ConversionOps):
         parts = {"weight": pack(found.codes, layer.config.bits), **dict(zip(PARTS, made, strict=True))}
         del found, weight
         if tensor.numel() >= TRIM:
-            _return_freed_memory()
+            return_freed_memory()
         return {f"{name}.{leaf}": part for leaf, part in parts.items() if part is not None}
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give freed pages back to the system: glibc keeps what a layer took, and a large model loads in twice its size."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
@@ -501,10 +507,12 @@ class PackedQuantizer(HfQuantizer):
         quantized: Names of the replaced layers.
         left_in_float: Name of every other parameter with two or more dimensions, and why.
         first_error: The first error met while quantising.
+        calibration: What a calibration found, as its method says; None for a loaded checkpoint.
     """
 
     requires_calibration = False
     quantization_config: PackedConfig
+    calibration: dict[str, Any] | None = None
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         if quantization_config.calibrated and not kwargs.get("pre_quantized", True):

@@ -152,7 +152,7 @@ class _Ready(Exception):
 
 def capture(source: Path, config: PackedConfig) -> Plan:
     """Run the host's `from_pretrained` up to the reading of weights."""
-    cls = _streamable_class(source, config)
+    cls = streamable_class(source, config)
 
     def stop(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> None:
         raise _Ready(Plan(model, list(checkpoint_files or ()), load_config))
@@ -169,7 +169,7 @@ def capture(source: Path, config: PackedConfig) -> Plan:
     return plan
 
 
-def _streamable_class(source: Path, config: PackedConfig) -> type[PreTrainedModel]:
+def streamable_class(source: Path, config: PackedConfig) -> type[PreTrainedModel]:
     if not issubclass(config.quantizer_cls, PackedQuantizer):
         raise ValueError(f"method {config.method!r} packs no layers by itself, so it cannot be streamed; {IN_MEMORY}")
     if not (source / "config.json").is_file():

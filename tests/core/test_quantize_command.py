@@ -493,6 +493,24 @@ def test_average_bits(plain, calib, tmp_path):
     assert set(config["bits_map"].values()) == {2, 4} and config["average_bits"] == 3.0
 
 
+def test_bits_of_single_layers_from_a_file(plain, tmp_path):
+    """As `hfgen search` writes it; streamed in small pieces it is what quantising in memory gives."""
+    plan = {"model.layers.0.self_attn.q_proj": 6, "model.layers.1.mlp.up_proj": 2}
+    (tmp_path / "bits.json").write_text(json.dumps(plan))
+    arguments = ("--method", "easyquant", "--bits", 5, "--bits-map", tmp_path / "bits.json", "--max-shard-size", "4KB")
+    done = hfgen(plain["decoder"], *arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    config = EasyQuantConfig(bits=5, bits_map=plan)
+    model = LlamaForCausalLM.from_pretrained(plain["decoder"], quantization_config=config)
+    model.save_pretrained(tmp_path / "memory")
+    same(tensors(tmp_path / "out"), tensors(tmp_path / "memory"))
+    assert config_of(tmp_path / "out")["quantization_config"]["bits_map"] == plan
+    for text, words in (("[1]", "holds no JSON object"), ("{", "cannot be read as JSON"), ('{"a": 3}', "no layer of")):
+        (tmp_path / "bits.json").write_text(text)
+        done = hfgen(plain["decoder"], *arguments, "--out", tmp_path / "other")
+        assert done.exit_code == 2 and words in done.output, done.output
+
+
 def test_an_interrupted_calibration_goes_on(plain, calib, tmp_path, monkeypatch):
     arguments = (plain["decoder"], *ADAQUANT, "--calib", calib)
     assert hfgen(*arguments, "--out", tmp_path / "whole").exit_code == 0

@@ -23,6 +23,9 @@ def test_every_format_has_one():
         "increlora-1",
         "intrinsic-1",
         "easyquant-1",
+        "easyquant-2",
+        "nupes-2",
+        "adaquant-2",
     }
 
 

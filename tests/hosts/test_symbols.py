@@ -25,7 +25,10 @@ SYMBOLS = {
     ],
     "huggingface_hub.serialization._base": ["parse_size_to_int"],
     "peft.utils.other": ["ModulesToSaveWrapper"],
+    "transformers.conversion_mapping": ["get_model_conversion_mapping"],
     "transformers.quantizers": ["HfQuantizer"],
+    "transformers.quantizers.base": ["_assign_is_quantized"],
+    "torch.nn.modules.linear": ["NonDynamicallyQuantizableLinear"],
     "transformers.quantizers.quantizers_utils": ["get_module_from_name", "should_convert_module"],
     "transformers.quantizers.auto": [
         "AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING", "register_quantization_config",
@@ -135,6 +138,25 @@ def test_callback_contracts():
     assert {"stateful_callbacks", "log_history", "global_step", "max_steps"} <= set(TrainerState.__dataclass_fields__)
     for event in ("on_train_begin", "on_step_end", "on_log", "on_save", "on_train_end"):
         assert parameters(getattr(TrainerCallback, event))[:4] == ["self", "args", "state", "control"]
+
+
+def test_scaler_contract():
+    """Whether gradients are unscaled already is in the scaler's own books."""
+    import torch
+
+    assert hasattr(torch.amp.GradScaler("cpu", init_scale=2.0), "_per_optimizer_states")
+
+
+def test_calibration_contracts():
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+    from transformers.pytorch_utils import Conv1D
+
+    assert parameters(get_model_conversion_mapping)[:3] == ["model", "key_mapping", "hf_quantizer"]
+    wanted = ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
+    assert parameters(rename_source_key)[:5] == wanted
+    assert hasattr(PreTrainedModel, "base_model") and "forward" in vars(Conv1D)
 
 
 def test_torch_kernels_of_packed_rows():

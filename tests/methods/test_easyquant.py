@@ -309,7 +309,12 @@ def test_the_grid_reaches_the_exact_optimum(bits, mean, worst, make):
     assert ratio.mean() < mean and ratio.max() < worst, (ratio.mean(), ratio.max())
 
 
-@given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), n=st.integers(1, 40), seed=st.integers(0, 10**6), size=st.floats(1e-4, 1e3))
+@given(
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    size=st.floats(1e-4, 1e3),
+)
 @settings(max_examples=60, deadline=None)
 def test_no_search_is_worse_than_its_start_and_all_scale_with_the_weights(bits, n, seed, size):
     rows = normal(3, n, seed) * size

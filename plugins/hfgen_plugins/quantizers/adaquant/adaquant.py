@@ -8,7 +8,6 @@ W itself is free: the straight-through gradient lets a weight leave its rounding
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hfgen.kit import checks
 from hfgen.kit.allocation import allocate, sensitivities
 from hfgen.kit.calibration import Inputs, held_out, prepare, walk
-from hfgen.kit.finished import Finished, digest
+from hfgen.kit.finished import Finished, digest, fingerprint
 from hfgen.kit.packing import CHUNK, WIDTHS, Quantized, unpack
 from hfgen.kit.quantizer import PackedConfig, PackedLinear, PackedQuantizer, adopt, quantizable
 from hfgen.kit.teacher import Teacher
@@ -73,18 +72,6 @@ def fit(weight: Tensor, start: Point, x: Tensor, train: Tensor, config: AdaQuant
     return best
 
 
-class AdaQuantQuantizer(PackedQuantizer):
-    """The packed quantizer, with what calibrating found.
-
-    Attributes:
-        calibration: None for a loaded checkpoint, else {"layers": {name: {"before", "after" (squared error of the output
-            on held-out tokens), "reverted"}}, "reverted": names, "costs": of the bit allocation, "tuned": of the tuning,
-            "reused": layers taken over from an interrupted run}.
-    """
-
-    calibration: dict[str, Any] | None = None
-
-
 @dataclass(kw_only=True, repr=False)
 class AdaQuantConfig(PackedConfig):
     """Configuration of AdaQuant. Bytes: bits / 8 a weight, 3 a scale with its zero point.
@@ -118,7 +105,7 @@ class AdaQuantConfig(PackedConfig):
     seed: int = 0
 
     method: ClassVar[str] = "adaquant"
-    quantizer_cls: ClassVar = AdaQuantQuantizer
+    quantizer_cls: ClassVar = PackedQuantizer
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "tokens"):
@@ -160,6 +147,10 @@ class AdaQuantConfig(PackedConfig):
         partial: Path | None = None,
     ) -> Any:
         """See `PackedConfig.calibrate`. The model is changed in place, layer by layer.
+
+        The account is `model.hf_quantizer.calibration`: {"layers": {name: {"before", "after" (squared error of the output
+        on held-out tokens), "reverted"}}, "reverted": names, "costs": of the bit allocation, "tuned": of the tuning,
+        "reused": layers taken over from an interrupted run}.
 
         Args:
             partial: A folder for what is done; given again after an interruption (with the same model, freshly loaded,
@@ -224,10 +215,6 @@ class _Calibration:
             logger.warning("adaquant stopped; %s. The model in memory is half quantised: load it again", kept)
             raise
         layers: dict[str, PackedLinear] = {name: self.model.get_submodule(name) for name in self.names}
-        for name, layer in layers.items():  # `adopt` takes the plain model: as much of it as costs nothing
-            with torch.device("meta"):
-                n, m = layer.in_features, layer.out_features
-                self.model.set_submodule(name, Conv1D(m, n) if layer.transposed else nn.Linear(n, m))
         model = adopt(self.model, config, layers)
         tuned = None if teacher is None or config.tune is None else tune(model, teacher, config.tune, config.seed)
         found = {name: self.notes[name] for name in self.names}
@@ -292,12 +279,3 @@ def calibrated_layer(given: Inputs, config: AdaQuantConfig) -> tuple[PackedLinea
             bias = (module.bias.detach().float() + point.shift).to(module.bias.dtype)
             layer.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
     return layer, note
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 of every tensor's name, shape and first entries: whether two models are the same, without reading all."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        found.update(str(tensor.flatten()[:64].float().tolist()).encode())
-    return found.hexdigest()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from hfgen.kit import calibration, checks
-from hfgen.kit.finished import Finished, digest
+from hfgen.kit.finished import Finished, digest, fingerprint
 from hfgen.kit.packing import Quantized
 from hfgen.kit.quantizer import PackedConfig, PackedLinear, PackedQuantizer, adopt, quantizable
 
@@ -211,10 +211,9 @@ class NupesConfig(PackedConfig):
         return model
 
     def _identity(self, model: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What must be the same for an interrupted run to go on; of each tensor the first numbers."""
+        """What must be the same for an interrupted run to go on."""
         settings = {k: v for k, v in self.to_dict().items() if k != "hfgen"}
-        first = digest({name: t.flatten()[:64].float()} for name, t in model.state_dict().items())
-        return {"settings": settings, "rows": digest(rows), "model": first}
+        return {"settings": settings, "rows": digest(rows), "model": fingerprint(model)}
 
     def _learned(self, given: calibration.Inputs) -> tuple[Quantized, dict[str, Any]]:
         module: Any = given.module

@@ -1,5 +1,6 @@
 from typing import Any
 
+from hfgen_plugins.searches.evopress import Levels as Levels
 from hfgen_plugins.searches.evopress import Schedule as Schedule
 from hfgen_plugins.searches.evopress import SearchResult as SearchResult
 from hfgen_plugins.searches.evopress import additive_bits as additive_bits

@@ -15,8 +15,10 @@ from hfgen.callbacks import (
     DataDietCallback,
     ForgettingCallback,
     GrokkingCallback,
+    HyperfitCallback,
     InstabilityCallback,
     LearningCurveCallback,
+    LowMantissaCallback,
     OverfitGapCallback,
     SoftmaxCollapseCallback,
     SoupCallback,
@@ -33,6 +35,10 @@ FORWARD = {
     "calibration": lambda: CalibrationCallback(rows=4),
     "forgetting": lambda: ForgettingCallback({"skill": ROWS[16:]}),
     "data_diet": lambda: DataDietCallback(share=1.0, rows=2),
+    "low_mantissa": lambda: LowMantissaCallback(),
+    "hyperfit": lambda: HyperfitCallback(
+        held_out=ROWS[16:], every=1, sequences=2, length=6, context=3, new_tokens=2, window=2, stop_loss=None
+    ),
 }
 RIDE = {  # on the user's evaluations alone: nothing is forwarded
     "grokking": lambda: GrokkingCallback(test="a", train="b"),

@@ -122,6 +122,7 @@ class HyperfitCallback(MonitorCallback):
         return super().arguments() | {field: getattr(self, field) for field in fields}
 
     def begin(self, event: Event) -> None:
+        self.needs_forward(event)
         if event.args.load_best_model_at_end:
             raise ValueError(
                 "args.load_best_model_at_end is True; set it to False: the best validation loss comes before hyperfitting"

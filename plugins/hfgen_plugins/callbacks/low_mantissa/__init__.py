@@ -22,7 +22,7 @@ CARD = MethodCard(
     conflicts=(
         "packed (quantised) and offloaded layers, nn.MultiheadAttention: skipped, and listed in a warning",
         "streamed training sets: the same rows cannot be read again",
-        "FSDP 1: a look forwards the model that the host hands to callbacks, which FSDP 1 has flattened; FSDP 2 works",
+        "FSDP 1: refused in words, it has flattened the model that a look forwards; FSDP 2 works",
         "torch_compile, tensor parallelism and DeepSpeed were not tried",
     ),
     defaults=(

@@ -365,6 +365,7 @@ class LowMantissaCallback(MonitorCallback):
 
     def begin(self, event: Event) -> None:
         self.needs_evaluations(event, ", or give every=")
+        self.needs_forward(event)
         self._probe = Probe(type(self).__name__, event, self.rows or probe_rows(event.args), self.tokens)
         if self.mantissa_bits is None:
             return

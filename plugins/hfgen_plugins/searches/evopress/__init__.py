@@ -18,11 +18,12 @@ CARD = MethodCard(
         "prune_layers",
         "SearchResult",
         "Schedule",
+        "Levels",
     ),
     paper=Paper("EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", "arXiv:2410.14649", 2025),
     needs=(
         "a causal language model in float, in memory, and calibration rows",
-        "for bits: a level database of a data-free quantizer (hfgen.kit.levels), packed, 20 bits a weight for 2 to 6",
+        "for bits: a level database (`Levels`) of a data-free quantizer, packed, 20 bits a weight for 2 to 6",
         "tokens: generations * sum over stages of candidates * tokens; 1.8e8 for the default, 9.8e6 for super-fast",
     ),
     conflicts=(
@@ -59,7 +60,7 @@ CARD = MethodCard(
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "search": ["evopress", "evopress_depth", "evopress_sparsity", "additive_bits", "SearchResult"],
+        "search": ["evopress", "evopress_depth", "evopress_sparsity", "additive_bits", "SearchResult", "Levels"],
         "problems": ["drop_layers", "prune_layers"],
         "evolution": ["Schedule"],
     },

@@ -92,7 +92,7 @@ def evopress(
 
     Args:
         model: A causal language model in float, in memory.
-        levels: Its level database (`hfgen.kit.levels.Levels`).
+        levels: Its level database, `Levels.build(model, quantizer_config)`.
         rows: Calibration data: dicts with input_ids (and attention_mask).
         average_bits: Bits of codes per weight over all layers of `levels`.
         preset: "quantization" (the paper's), "sparsity", "depth" or "super-fast".

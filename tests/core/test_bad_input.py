@@ -212,7 +212,7 @@ def test_hostile_adapter_configs(values, words, folders, tmp_path):
         ({"group_size": 7}, "EasyQuantConfig.group_size is 7, which does not divide"),
         ({"quant_method": "../../os"}, "ignore_mismatched_sizes"),
         ({"hfgen": [1]}, r"EasyQuantConfig.hfgen is \[1\]"),
-        ({"hfgen": {"format": 99}}, "format 99, this hfgen reads up to 1"),
+        ({"hfgen": {"format": 99}}, "format 99, this hfgen reads up to 2"),
         ({"modules_to_not_convert": ["(a+)+$", ".*"]}, "found no layer to quantise|did you mean|matches no"),
         ({"zzz": 1}, "got an unexpected keyword argument 'zzz'"),
         ({"n_sigma": -1}, "EasyQuantConfig.n_sigma is -1"),

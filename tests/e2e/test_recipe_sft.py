@@ -94,7 +94,7 @@ def test_good_names_get_as_far_as_loading(main, nothing_loads):
         (("--adapter", "lora", "--adapter_args", '{"lora_alfa": 8}'), "LoraConfig does not take; .*'lora_alpha'"),
         (("--adapter", "svfit", "--adapter_args", '{"r": 0}'), r"SVFitConfig\.r is 0; give"),
         (("--quantizer", "easyquant", "--quantizer_args", '{"bit": 4}'), "quantizer_args has 'bit'.*'bits'"),
-        (("--quantizer", "easyquant", "--quantizer_args", '{"bits": 5}'), r"EasyQuantConfig\.bits is 5; give"),
+        (("--quantizer", "easyquant", "--quantizer_args", '{"bits": 7}'), r"EasyQuantConfig\.bits is 7; give"),
         (("--callbacks", "hyperfit", "--callback_args", '{"hyperfit": 3}'), r"callback_args\.hyperfit is 3; give"),
         (
             ("--callbacks", "hyperfit", "--callback_args", '{"hyperfit": {"stop_los": 1}}'),

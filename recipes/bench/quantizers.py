@@ -1,24 +1,28 @@
-"""EasyQuant against round to nearest, bitsandbytes nf4, hqq and quanto: perplexity per bit, cost, bytes.
+"""Our quantizers and other libraries': perplexity per bit, cost, bytes.
 
     OMP_NUM_THREADS=1 python recipes/bench/quantizers.py --rounds 15 --out recipes/bench/results/quantizers.json \\
         --plot recipes/bench/results/quantizers.svg
 
-hqq and optimum-quanto are measured where they are installed. One thread.
+bitsandbytes is measured always, hqq, optimum-quanto, torchao, sinq and auto-round where they are installed
+(`quantizer_peers` says how, without touching the environment). One thread. `--parts quality` measures one part again and
+keeps the others of the report in `--out`; `parts` in the report says for each what it was measured with.
 
-Quality. exp of the mean negative log likelihood, over the tokens of right answers in the sandbox model's own style, EOS
-included, each predicted from the prompt and the answer's true beginning (teacher forcing): ":17=" with every ordered
-triple of digits as its answer, and "Rabcd=" -> "dcba" for as many random words. Bits per weight count all that a method
-stores for the quantised layers (codes, padding, scales, zeros, outliers; not tables that are the same for every layer).
-All methods quantise the same layers, everything is computed in float32. Most layers have rows of 64 weights, so here a
-scale per row (ours) is as fine as the groups of 64 of nf4 and hqq; on wide models theirs are finer. Two models: the
-sandbox's, and the same with planted outliers (`plant`): one that is BUILT so that a few input channels are large, as they
-are in large language models, which favours methods that keep outliers apart.
+Quality (`quantizer_curve`). exp of the mean negative log likelihood, over the tokens of right answers in the sandbox
+model's own style, EOS included, each predicted from the prompt and the answer's true beginning (teacher forcing): ":17="
+with ordered triples of digits as its answer, and "Rabcd=" -> "dcba" for as many random words, none of them among those
+that calibrated methods are given. Bits per weight count all that a method needs for the quantised layers: codes at their
+own width, scales, zeros, outliers, a table per layer (not tables that are the same for every layer, nor the padding and
+the whole bytes of a library's own container: those are in `bytes`). All methods quantise the same layers, everything is
+computed in float32. Most layers have rows of 64 weights, so here a scale per row is as fine as groups of 64; on wide
+models groups are finer. Two models: the sandbox's, and the same with planted outliers: one that is BUILT so that a few
+input channels are large, as they are in large language models, which favours methods that keep outliers apart.
 
-Cost. Seconds and passes (roundings per weight) of quantising one matrix; peak memory of loading a model of random
-weights from bfloat16 shards with `from_pretrained`; tokens a second of greedy generation of a float32 model, of a bfloat16
-one, and of one layer four times as wide (where the CPU has AVX512-BF16, bitsandbytes computes its 4 bit layers in one
-bfloat16 kernel, of float32 models too; ours computes in float32). Timings are interleaved: reported is
-the median of ratios within a round.
+Cost. Seconds and peak memory of quantising these models, for every point of the curve. Seconds and passes (roundings per
+weight) of quantising one matrix; peak memory of loading a model of random weights from bfloat16 shards with
+`from_pretrained`; tokens a second of greedy generation of a float32 model, of a bfloat16 one, and of one layer four times
+as wide (where the CPU has AVX512-BF16, bitsandbytes computes its 4 bit layers in one bfloat16 kernel, of float32 models
+too; ours computes in float32). Timings but those of the curve are interleaved: reported is the median of ratios within a
+round.
 
 Bytes. The saved file against bits / 8 x weights (rows padded to whole blocks) + 2 a scale + 6 an outlier + all other
 tensors as they were + the file's header.
@@ -29,7 +33,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -39,38 +42,36 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
+import quantizer_curve as curve
+import quantizer_peers as peers
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as host_logging
 
 from hfgen import sandbox
-from hfgen.quantizers import EasyQuantConfig
+from hfgen.kit.quantizer import PackedConfig
+from hfgen.quantizers import EasyQuantConfig, NupesConfig
+from hfgen.sandbox import quality
 
-BITS = (2, 3, 4, 8)
+BITS = curve.BITS
+PARTS = ("bytes", "quantizing", "generation", "loading", "quality")  # the last loads other libraries
+SEED = 0  # of the examples, the planted channels and the calibration rows
 CHANNELS, FACTOR = 1, 16.0  # planted: of each layer's 64 input channels; a power of two, so that nothing is rounded
 BYTES_BAR, PASSES_BAR, SPEED_BAR = 1.02, 100, 1.0
 PROMPT = 128  # tokens of the prompt whose reading is timed
-FLOOR = 1e-4  # of the plot, which is logarithmic: below that, differences are noise
+RTN = EasyQuantConfig(**curve.EASYQUANT["rtn"])
 LOAD_BAR, LOAD_SIZE = 2e9, 1e9  # bytes of RssAnon, for a model of that many parameters or more
-OURS: dict[str, dict[str, Any]] = {
-    "rtn": {"n_sigma": None, "optimizer": "none"},
-    "outliers apart only": {"optimizer": "none"},
-    "scale search only": {"n_sigma": None},
-    "easyquant": {},
-}
 BLOCKS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits -> (codes, bytes) of a block: counted apart from the kit
-Coded = tuple[Tensor, int]  # a weight after quantisation, in float32, and the bytes it is stored in
+PLANES = {5: ((2, 1), (8, 1)), 6: ((2, 1), (4, 1))}  # the same of the planes that 5 and 6 bit codes are split into
 
 
 @dataclass
@@ -78,122 +79,36 @@ class BenchArguments:
     rounds: int = field(default=15, metadata={"help": "Timed runs of each arm, after one warm-up each."})
     out: str | None = field(default=None, metadata={"help": "JSON file to write."})
     plot: str | None = field(default=None, metadata={"help": "Picture to write: perplexity over bits per weight."})
-    examples: int = field(default=1000, metadata={"help": "Answers of each of the two tasks, 1000 at most."})
+    examples: int = field(default=499, metadata={"help": "Held-out answers of each of the two tasks, 499 at most."})
+    rows: int = field(default=128, metadata={"help": "Calibration sequences of the methods that take data."})
+    generations: int = field(default=30, metadata={"help": "Generations of EvoPress, of 16 candidates each."})
     side: int = field(default=1024, metadata={"help": "Rows and columns of the matrix whose quantising is timed."})
     hidden: int = field(default=512, metadata={"help": "Width of the model that generates."})
     layers: int = field(default=4, metadata={"help": "Its layers."})
     tokens: int = field(default=32, metadata={"help": "Tokens it generates in one run."})
     million: float = field(default=1000.0, metadata={"help": "Million weights in the layers of the model loaded."})
     load_hidden: int = field(default=2048, metadata={"help": "Its width."})
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "Parts to measure; others are kept from the report in out."},
+    )
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "Methods of the curve, by the names in the report; none given: all."}
+    )
     load_only: str | None = field(
         default=None, metadata={"help": "FOLDER:METHOD; only load it, print the memory. The bench starts this itself."}
     )
 
 
-# --- methods --------------------------------------------------------------------------------------------------------
-
-
-def installed(distribution: str) -> str | None:
-    """Its version; None if it is not installed."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
-def nf4(double: bool, weight: Tensor) -> Coded:
-    """bitsandbytes nf4 in blocks of 64; `double`: the blocks' maxima are 8 bit codes themselves."""
-    codes, state = bitsandbytes.functional.quantize_4bit(
-        weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=double
-    )
-    stored = [codes, state.absmax, *((state.state2.absmax, state.offset) if double else ())]
-    return bitsandbytes.functional.dequantize_4bit(codes, state), sum(t.nbytes for t in stored)
-
-
-def hqq(bits: int, weight: Tensor) -> Coded:
-    """hqq in groups of 64 along a row, with 16 bit scales and zeros."""
-    from hqq.core.quantize import Quantizer
-
-    found = Quantizer.quantize(weight, nbits=bits, group_size=64, axis=1, device="cpu")
-    codes, meta = Quantizer.cpu(*found)
-    meta["compute_dtype"] = torch.float32
-    return Quantizer.dequantize(codes, meta), sum(t.nbytes for t in (codes, meta["scale"], meta["zero"]))
-
-
-def quanto(bits: int, weight: Tensor) -> Coded:
-    """optimum-quanto's QLinear as it is by default, of a float16 layer so that scales have 16 bits."""
-    import optimum.quanto as q
-
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False).half()
-    plain.weight.data = weight.half()
-    layer = q.QLinear.from_module(plain, weights={2: q.qint2, 4: q.qint4, 8: q.qint8}[bits])
-    layer.freeze()
-    stored = sum(t.nbytes for name, t in layer.state_dict().items() if name.startswith("weight"))
-    parts = layer.weight
-    if bits == 8:  # dequantised in float32, as everything here is
-        return parts._data.float() * parts._scale.float(), stored
-    parts = q.WeightQBitsTensor(
-        parts.qtype, parts.axis, parts._group_size, parts.size(), parts.stride(), parts._data,
-        parts._scale.float(), parts._shift.float() if parts._shift.is_floating_point() else parts._shift,
-    )  # fmt: skip
-    return parts.dequantize(), stored
-
-
-def peers() -> dict[tuple[str, int], Callable[[Tensor], Coded]]:
-    """{(name, bits): method} of the others that are installed."""
-    found: dict[tuple[str, int], Callable[[Tensor], Coded]] = {
-        ("nf4", 4): partial(nf4, False),
-        ("nf4 double quant", 4): partial(nf4, True),
-    }
-    if installed("hqq"):
-        found |= {("hqq", bits): partial(hqq, bits) for bits in BITS}
-    if installed("optimum-quanto"):
-        found |= {("quanto", bits): partial(quanto, bits) for bits in (2, 4, 8)}
-    return found
-
-
-def ours(name: str, bits: int) -> EasyQuantConfig:
-    return EasyQuantConfig(bits=bits, **OURS[name])
-
-
 # --- quality --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def plant(model: Any, channels: int = CHANNELS, factor: float = FACTOR, seed: int = 0) -> None:
-    """Make `channels` input channels of q, k, v, gate and up `factor` times as large, and what feeds them as much smaller.
-
-    The gain of the norm before them is divided, so the model computes the same. In place.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        groups = {
-            layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
-            layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
-        }
-        for norm, linears in groups.items():
-            chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]
-            norm.weight[chosen] /= factor
-            for linear in linears:
-                linear.weight[:, chosen] *= factor
-
-
-def examples(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(prompt, answer): `count` of the 1000 sums and as many reversals."""
-    rng = random.Random(seed)
-    triples = [t for total in sandbox.tasks.SUMS for t in sandbox.tasks.triples(total)]
-    words = ["".join(rng.choices(sandbox.tasks.LETTERS, k=4)) for _ in range(count)]
-    sums = [(f":{sum(t):02d}=", sandbox.tasks.plain(t)) for t in rng.sample(triples, count)]
-    return sums + [(f"R{word}=", word[::-1]) for word in words]
-
-
 class Texts:
-    """Examples as one batch per task (all rows are equally long there)."""
+    """Examples of `hfgen.sandbox.quality` as one batch per task (all rows are equally long there)."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, part: str = "held out") -> None:
         tokenizer = sandbox.load_tokenizer()
-        pairs = examples(count)
+        pairs = quality.examples(SEED, count, part)
         self.batches = []
         for part in (pairs[:count], pairs[count:]):
             ids = tokenizer([p + a + tokenizer.eos_token for p, a in part], return_tensors="pt")["input_ids"]
@@ -210,92 +125,12 @@ class Texts:
         return torch.cat(found)
 
 
-def difference(a: Tensor, b: Tensor, tokens: int) -> dict[str, float]:
-    """Mean of a - b per token, and its standard error over examples."""
-    gap = a - b
-    return {"nats_per_token": float(gap.sum()) / tokens, "standard_error": float(gap.std()) * len(gap) ** 0.5 / tokens}
-
-
-def load(folder: str, config: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-    return LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
-
-
-def stored_bytes(layer: nn.Module) -> int:
-    """Bytes of a packed layer's codes, scales and outliers."""
-    return sum(t.nbytes for name, t in (*layer.named_parameters(), *layer.named_buffers()) if name != "bias")
-
-
-def with_ours(folder: str, name: str, bits: int) -> tuple[Any, int]:
-    """The model with packed layers, and their bytes."""
-    model = load(folder, ours(name, bits))
-    return model, sum(stored_bytes(model.get_submodule(n)) for n in model.hf_quantizer.quantized)
-
-
-@torch.no_grad()
-def with_peer(folder: str, method: Callable[[Tensor], Coded], names: list[str]) -> tuple[Any, int]:
-    """The model whose layers `names` hold what the method makes of their weights, and the bytes of that."""
-    model, stored = load(folder), 0
-    for name in names:
-        weight = model.get_submodule(name).weight
-        coded, size = method(weight.data)
-        weight.copy_(coded)
-        stored += size
-    return model, stored
-
-
-def bench_quality(folder: str, texts: Texts) -> dict[str, Any]:
-    """Perplexity and bits per weight of every method on the model in `folder`."""
-    plain = load(folder)
-    names = load(folder, EasyQuantConfig()).hf_quantizer.quantized
-    weights = {name: plain.get_submodule(name).weight.data for name in names}
-    total = sum(w.numel() for w in weights.values())
-    size = sum(float(w.square().sum()) for w in weights.values())
-    exact = texts.nll(plain)
-    arms: dict[tuple[str, int], Callable[[], tuple[Any, int]]] = {
-        (name, bits): partial(with_ours, folder, name, bits) for name in OURS for bits in BITS
-    }
-    arms |= {key: partial(with_peer, folder, method, names) for key, method in peers().items()}
-    rows, nlls = [], {}
-    for (name, bits), make in arms.items():
-        model, stored = make()
-        nlls[name, bits] = nll = texts.nll(model)
-        error = sum(float((dense(model.get_submodule(n)) - w).square().sum()) for n, w in weights.items())
-        rows.append(
-            {
-                "method": name,
-                "bits": bits,
-                "bits_per_weight": 8 * stored / total,
-                "perplexity": math.exp(float(nll.sum()) / texts.tokens),
-                "over_float": difference(nll, exact, texts.tokens),
-                "relative_weight_error": error / size,
-            }
-        )
-    pairs = [("easyquant", bits, peer, bits) for peer in ("rtn", "scale search only") for bits in BITS]
-    pairs += [("easyquant", bits, "nf4", 4) for bits in (3, 4)]
-    return {
-        "float_perplexity": math.exp(float(exact.sum()) / texts.tokens),
-        "quantized_layers": len(names),
-        "quantized_weights": total,
-        "methods": rows,
-        "paired": [
-            {"a": f"{a} {i} bit", "b": f"{b} {j} bit"} | difference(nlls[a, i], nlls[b, j], texts.tokens)
-            for a, i, b, j in pairs
-        ],
-    }
-
-
-def dense(layer: Any) -> Tensor:
-    """The weight in float32, of a packed or a plain layer."""
-    found: Tensor = layer.dequantize() if hasattr(layer, "dequantize") else layer.weight.data
-    return found
-
-
 def make_planted(source: str, out: str, texts: Texts) -> dict[str, Any]:
     """Save the planted model to `out`. Raises ValueError if it does not compute what the model at `source` does."""
-    model = load(source)
+    model = curve.load(source)
     with torch.no_grad():
         before = [model(input_ids=ids).logits for ids, _ in texts.batches]
-        plant(model)
+        quality.plant(model, CHANNELS, FACTOR, SEED)
         after = [model(input_ids=ids).logits for ids, _ in texts.batches]
     worst = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
     if worst > 1e-4:
@@ -350,7 +185,8 @@ class CountRounding(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def passes(config: EasyQuantConfig, weight: Tensor) -> float:
+def passes(config: PackedConfig, weight: Tensor) -> float:
+    """Roundings per weight."""
     with CountRounding() as counter:
         config.quantize_checked(weight, "the bench's matrix")
     return counter.numbers / weight.numel()
@@ -359,21 +195,26 @@ def passes(config: EasyQuantConfig, weight: Tensor) -> float:
 def bench_quantizing(args: BenchArguments) -> dict[str, Any]:
     """Seconds per million weights at 4 bit. Ours without packing the codes, the others as they come."""
     weight = torch.randn(args.side, args.side, generator=torch.Generator().manual_seed(0))
-    configs = {
-        "rtn": ours("rtn", 4),
-        "easyquant grid": ours("easyquant", 4),
+    configs: dict[str, PackedConfig] = {
+        "rtn": RTN,
+        "easyquant grid": EasyQuantConfig(),
         "easyquant adam": EasyQuantConfig(optimizer="adam"),
+        "nupes, per layer": NupesConfig(exponent="per_layer"),
     }
     work: dict[str, Callable[[], Any]] = {
         name: partial(config.quantize_checked, weight, name) for name, config in configs.items()
     }
-    work |= {name: partial(method, weight) for (name, bits), method in peers().items() if bits == 4}
+    work |= {
+        name: partial(method, weight)
+        for (name, bits), method in peers.data_free().items()
+        if bits == 4 and ("groups" not in name or name.endswith("of 64"))
+    }
     times = interleaved(work, args.rounds)
     return {
         name: {
             "seconds_per_million": statistics.median(times[name]) / weight.numel() * 1e6,
             "over_rtn": ratios(times, name, "rtn"),
-            "passes": passes(configs[name], weight) if name in configs else None,
+            "passes": passes(configs[name], weight) if "easyquant" in name or name == "rtn" else None,
         }
         for name in work
     }
@@ -471,8 +312,8 @@ def generators(hidden: int, layers: int, dtype: torch.dtype) -> dict[str, Any]:
     nf4_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
-        configs = {"float32": None, "easyquant": EasyQuantConfig(), "rtn": ours("rtn", 4), "nf4": nf4_config}
-        return {name: load(folder, quantization, dtype) for name, quantization in configs.items()}
+        configs = {"float32": None, "easyquant": EasyQuantConfig(), "rtn": RTN, "nf4": nf4_config}
+        return {name: curve.load(folder, quantization, dtype) for name, quantization in configs.items()}
 
 
 def bench_speed(models: dict[str, Any], args: BenchArguments) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
@@ -532,9 +373,14 @@ def time_share(work: Callable[[], Any], top: int = 6) -> dict[str, float]:
 # --- bytes ----------------------------------------------------------------------------------------------------------
 
 
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row's codes, planes filled to whole blocks."""
+    return sum(-(-columns // codes) * size for codes, size in PLANES.get(bits) or (BLOCKS[bits],))
+
+
 def bench_bytes(folder: str, bits: int, out: str) -> dict[str, Any]:
     """The file that save_pretrained writes, and the bytes that it may have, counted from the plain model."""
-    plain, model = load(folder), load(folder, EasyQuantConfig(bits=bits))
+    plain, model = curve.load(folder), curve.load(folder, EasyQuantConfig(bits=bits))
     names = model.hf_quantizer.quantized
     model.save_pretrained(out)
     path = Path(out, "model.safetensors")
@@ -543,9 +389,8 @@ def bench_bytes(folder: str, bits: int, out: str) -> dict[str, Any]:
     with open(path, "rb") as raw:
         header = 8 + int.from_bytes(raw.read(8), "little")
     shapes = [tuple(plain.get_submodule(name).weight.shape) for name in names]
-    codes, size = BLOCKS[bits]
     parts = {
-        "codes": sum(m * -(-n // codes) * size for m, n in shapes),
+        "codes": sum(m * row_bytes(n, bits) for m, n in shapes),
         "scales": sum(2 * m for m, _ in shapes),
         "outliers": 6 * outliers,
         "other_tensors": sum(p.nbytes for n, p in plain.named_parameters() if n.removesuffix(".weight") not in names),
@@ -596,10 +441,14 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     for model, bits, peer, rule in (
         ("sandbox", 3, "rtn", "<"),
         ("planted", 4, "rtn", "<"),
-        ("planted", 4, "nf4", "<="),
+        ("planted", 4, "bitsandbytes nf4", "<="),
     ):
         what = f"{model}, {bits} bit: perplexity of easyquant against {peer}"
         add(what, perplexity(model, "easyquant", bits), rule, perplexity(model, peer, bits))
+    for model, part in report["quality"].items():
+        if best := curve.best(part):
+            what = f"{model}, 3 bit: gap of our best data-free setting / the data-free peers' envelope"
+            add(what, best["ratio"], "<=", 1.0)
     add("passes of the default optimizer", report["quantizing"]["easyquant grid"]["passes"], "<", PASSES_BAR)
     speed = report["generation"]["easyquant"]["speed_over_nf4"]["median"]
     add("generation: easyquant's speed / nf4's (a goal)", speed, ">=", SPEED_BAR)
@@ -621,23 +470,38 @@ def print_table(console: Console, title: str, columns: str, rows: list[list[str]
     console.print(table)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    console = Console(width=None if os.isatty(1) else 130)
-    for model, quality in report["quality"].items():
-        rows = [
-            [
-                *(r["method"], str(r["bits"]), f"{r['bits_per_weight']:.3f}", f"{r['perplexity']:.4f}"),
-                f"{r['over_float']['nats_per_token']:+.4f} ± {r['over_float']['standard_error']:.4f}",
-                f"{r['relative_weight_error']:.5f}",
-            ]
-            for r in sorted(quality["methods"], key=lambda r: (r["bits"], r["perplexity"]))
+def print_quality(console: Console, model: str, part: dict[str, Any]) -> None:
+    """Ours, the calibrated ones, and the peers' envelope; all others are in the JSON."""
+    front = [(p["method"], p["bits"]) for p in part["curve"]["envelope"]]
+    shown = [r for r in part["methods"] if not curve.is_peer(r) or (r["method"], r["bits"]) in front]
+    rows = [
+        [
+            *(r["method"], "yes" if r["calibrated"] else "", str(r["bits"]), f"{r['bits_per_weight']:.3f}"),
+            *(f"{r['bytes'] / 1024:.1f}", f"{r['seconds']:.3f}", f"{r['peak_bytes'] / 1024:.0f}"),
+            f"{r['perplexity']:.4f}",
+            f"{r['over_float']['nats_per_token']:+.4f} ± {r['over_float']['standard_error']:.4f}",
         ]
-        title = f"{model} model, perplexity in float {quality['float_perplexity']:.4f}" + (
-            " (outliers BUILT in)" if model == "planted" else ""
-        )
-        print_table(
-            console, title, "method|bits|bits per weight|perplexity|nats per token over float|weight error", rows
-        )
+        for r in sorted(shown, key=lambda r: (r["bits"], r["perplexity"]))
+    ]
+    title = f"{model} model, perplexity in float {part['float_perplexity']:.4f}"
+    columns = "method|calibrated|bits|bits per weight|KiB|seconds|peak KiB|perplexity|nats per token over float"
+    print_table(console, title + " (outliers BUILT in)" * (model == "planted"), columns, rows)
+    rows = [
+        [
+            *(r["method"], "yes" if r["calibrated"] else "", f"{r['bits_per_weight']:.3f}", f"{r['gap']:.4f}"),
+            *(("-",) * 2 if r["ratio"] is None else (f"{r['envelope']:.4f}", f"{r['ratio']:.3f}")),
+            "-" if r["ratio"] is None else "{:.3f} to {:.3f}".format(*r["interval"]),
+        ]
+        for r in part["curve"]["ours_at_3_bits"]
+    ]
+    title = f"{model} model: ours with 3 bit codes beside the envelope of the data-free peers, best first as chosen"
+    print_table(console, title, "method|calibrated|bits per weight|nats over float|the envelope's|ratio|95%", rows)
+
+
+def print_report(report: dict[str, Any]) -> None:
+    console = Console(width=None if os.isatty(1) else 150)
+    for model, part in report["quality"].items():
+        print_quality(console, model, part)
     rows = [
         [
             *(name, f"{r['seconds_per_million']:.3f}", f"{r['over_rtn']['median']:.1f}"),
@@ -674,63 +538,48 @@ def print_report(report: dict[str, Any]) -> None:
     print_table(console, "Bars", "what|value|bar|met", rows)
 
 
-def plot(quality: dict[str, Any], path: str) -> None:
-    """What the perplexity is above float's, over effective bits per weight, a panel per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.fonttype"] = "none"
-    figure, axes = pyplot.subplots(1, len(quality), figsize=(11, 4.2), sharey=True)
-    for axis, (model, part) in zip(axes, quality.items(), strict=True):
-        methods = list(dict.fromkeys(r["method"] for r in part["methods"]))
-        for i, method in enumerate(methods):
-            points = sorted(
-                (r["bits_per_weight"], max(FLOOR, r["perplexity"] - part["float_perplexity"]))
-                for r in part["methods"]
-                if r["method"] == method
-            )
-            style = {"linewidth": 2.2, "zorder": 3} if method == "easyquant" else {"linewidth": 1, "alpha": 0.8}
-            axis.plot(*zip(*points, strict=True), marker="osv^Dx+*P"[i % 9], label=method, **style)
-        axis.set(title=f"{model} model{' (outliers built in)' if model == 'planted' else ''}", yscale="log")
-        axis.set_xlabel("bits per weight, scales, zeros and outliers counted")
-    axes[0].set_ylabel(f"perplexity - float32's perplexity (least {FLOOR:g})")
-    axes[-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
-    pyplot.close(figure)
-
-
-def run(args: BenchArguments) -> dict[str, Any]:
-    """All parts, in order."""
-    load_before, texts, source = os.getloadavg(), Texts(args.examples), str(sandbox.path())
-    names = ("torch", "transformers", "bitsandbytes", "hqq", "optimum-quanto", "kernels")
-    report: dict[str, Any] = {
+def stamp(args: BenchArguments, load_before: tuple[float, float, float]) -> dict[str, Any]:
+    """What a part was measured with."""
+    names = ("torch", "transformers", "bitsandbytes", "kernels", *peers.LIBRARIES)
+    return {
         "arguments": asdict(args),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: installed(name) or "not installed" for name in names},
+        "versions": {name: peers.installed(name) or "not installed" for name in names},
         "threads": torch.get_num_threads(),
+        "load_average": {"before": load_before, "after": os.getloadavg()},
     }
+
+
+def measure_models(args: BenchArguments, part: str) -> dict[str, Any]:
+    """Bytes, or the curve, of the sandbox's model and of the planted one: the report's entries."""
+    texts, source = Texts(args.examples), str(sandbox.path())
     with tempfile.TemporaryDirectory() as work:
-        planted, odd = f"{work}/planted", f"{work}/odd"
-        report["planted"] = make_planted(source, planted, texts)
-        make_odd(odd)
-        print("quality ...", flush=True)
-        report["answer_tokens"] = texts.tokens
-        report["quality"] = {
-            name: bench_quality(path, texts) for name, path in (("sandbox", source), ("planted", planted))
-        }
-        print("bytes ...", flush=True)
-        report["bytes"] = {
-            name: [bench_bytes(path, bits, f"{work}/{name}-{bits}") for bits in BITS]
-            for name, path in (("sandbox", source), ("planted", planted), ("odd widths", odd))
-        }
-    for name, part in (("quantizing", bench_quantizing), ("generation", bench_generation), ("loading", bench_loading)):
-        print(f"{name} ...", flush=True)
-        report[name] = part(args)
+        models = {"sandbox": source, "planted": f"{work}/planted"}
+        built = make_planted(source, models["planted"], texts)
+        if part == "bytes":
+            make_odd(f"{work}/odd")
+            models["odd widths"] = f"{work}/odd"
+            return {part: {n: [bench_bytes(p, bits, f"{work}/{n}-{bits}") for bits in BITS] for n, p in models.items()}}
+        choice, rows = Texts(args.examples, "calibrate"), quality.rows(SEED, args.rows)
+        options = (args.generations, min(3, args.rounds), args.methods)
+        found = {name: curve.bench_quality(path, texts, choice, rows, *options) for name, path in models.items()}
+        return {"planted": built, "answer_tokens": texts.tokens, part: found}
+
+
+def run(args: BenchArguments, kept: dict[str, Any]) -> dict[str, Any]:
+    """The parts that are asked for, over those of an earlier report."""
+    report: dict[str, Any] = {"parts": {}} | kept
+    work = {"quantizing": bench_quantizing, "generation": bench_generation, "loading": bench_loading}
+    for name in PARTS:
+        if name in args.parts:
+            print(f"{name} ...", flush=True)
+            load_before = os.getloadavg()
+            if name in work:
+                report[name] = work[name](args)
+            else:
+                report |= measure_models(args, name)
+            report["parts"][name] = stamp(args, load_before)
     report["bars"] = bars(report)
-    report["load_average"] = {"before": load_before, "after": os.getloadavg()}
     return report
 
 
@@ -745,14 +594,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return found
     if args.rounds < 1:
         raise ValueError(f"rounds is {args.rounds}; give 1 or more")
-    if not 1 < args.examples <= 1000:
-        raise ValueError(f"examples is {args.examples}; give 2 to 1000")
-    report = run(args)
-    print_report(report)
-    if args.plot:
-        plot(report["quality"], args.plot)
+    if args.examples < 2:
+        raise ValueError(f"examples is {args.examples}; give 2 to 499")
+    kept: dict[str, Any] = {}
+    if set(args.parts) != set(PARTS):
+        if odd := sorted(set(args.parts) - set(PARTS)):
+            raise ValueError(f"parts has {odd[0]!r}; give some of {', '.join(PARTS)}")
+        if not args.out or not Path(args.out).exists():
+            raise ValueError(f"parts is {args.parts}; the others are kept from an earlier report, name it with out")
+        kept = json.loads(Path(args.out).read_text(encoding="utf-8"))
+    report = run(args, kept)
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print_report(report)
+    if args.plot:
+        curve.plot(report["quality"], args.plot)
     return report
 
 

@@ -169,7 +169,8 @@ def test_sharpness_equals_the_maximisers(classes, tokens, epsilon, scale, seed):
     climbed = -minimize(lambda v: -f(v), z.ravel(), jac=slope, method="L-BFGS-B", bounds=bounds, tol=1e-14).fun
     found = loss_sharpness(torch.tensor(z), torch.tensor(y), epsilon).item()
     assert found == pytest.approx(100 * (worst - f(z)) / (1 + f(z)), rel=1e-6)
-    assert climbed == pytest.approx(worst, abs=1e-6)
+    # Nothing in the box is above the corner; the solver stops short of it along logits with next to no slope.
+    assert worst - 1e-5 <= climbed <= worst + 1e-9
 
 
 def f_one(z, y):

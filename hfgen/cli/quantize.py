@@ -35,7 +35,7 @@ def quantize(
     calib: Annotated[
         Path | None, typer.Option(help="Calibration rows, for methods that need data: .jsonl, .json or .parquet.")
     ] = None,
-    calib_rows: Annotated[int, typer.Option(help="Rows to take from the start of that file.")] = 128,
+    calib_rows: Annotated[int | None, typer.Option(help="Rows to take from the start of that file; 128.")] = None,
     average_bits: Annotated[
         float | None, typer.Option(help="Choose each layer's bits so that the average is this (adaquant).")
     ] = None,
@@ -69,7 +69,7 @@ def run(
     max_shard_size: str,
     console: Any,
     calib: Path | None = None,
-    calib_rows: int = 128,
+    calib_rows: int | None = None,
 ) -> Report:
     """What the command does, with its errors as exceptions."""
     config_cls = catalog.load(method, "quantizers")
@@ -83,6 +83,8 @@ def run(
     if needs is (calib is None):
         fix = "give --calib FILE with calibration rows" if needs else "leave --calib out"
         raise ValueError(f"--method {method} {'needs' if needs else 'uses no'} data to quantise with; {fix}")
+    if calib is None and calib_rows is not None:
+        raise ValueError(f"--calib-rows is {calib_rows}, which only --calib reads; leave it out")
     try:
         shard = parse_size_to_int(max_shard_size)
     except ValueError:
@@ -112,7 +114,7 @@ def calibrate_folder(
     max_shard_size: int,
     progress: Callable[[int, int], None],
     calib: Path,
-    calib_rows: int,
+    calib_rows: int | None,
 ) -> tuple[Report, Any]:
     """Load the model in `source`, calibrate it on rows of `calib`, write it to `out`; returns its quantizer, too.
 
@@ -126,6 +128,7 @@ def calibrate_folder(
     from hfgen.kit import calibration, checks, streaming
     from hfgen.kit.quantizer import PARTS
 
+    calib_rows = 128 if calib_rows is None else calib_rows
     checks.integer("hfgen quantize", "calib_rows", calib_rows, 1)
     source, out = source.resolve(), out.resolve()
     streaming.check_out(out, source)

@@ -38,8 +38,10 @@ def search(
     quantizer: Annotated[
         str | None, typer.Option(help="With --average-bits: a data-free one of `hfgen ls quantizers`.")
     ] = None,
-    quantizer_args: Annotated[str, typer.Option(help="Fields of its config, as JSON.")] = "{}",
-    levels: Annotated[str, typer.Option(help="With --average-bits: the widths a layer may get.")] = "2,3,4,5,6",
+    quantizer_args: Annotated[str | None, typer.Option(help="Fields of its config, as JSON.")] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="With --average-bits: the widths a layer may get; 2,3,4,5,6.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="How much is tried: see the search's documentation.")] = None,
     generations: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
     args: Annotated[str, typer.Option(help='Other arguments of the search, as JSON: {"tokens": [512, 4096]}.')] = "{}",
@@ -70,15 +72,16 @@ def read_goal(
     drop: str | None,
     sparsity: float | None,
     quantizer: str | None,
-    quantizer_args: str,
-    levels: str,
+    quantizer_args: str | None,
+    levels: str | None,
 ) -> tuple[str, dict[str, Any]]:
     """What is searched ("bits", "depth" or "sparsity") and its options. Raises ValueError unless just one is."""
     given = [flag for flag, value in zip(GOALS, (average_bits, drop, sparsity), strict=True) if value is not None]
     if len(given) != 1:
         raise ValueError(f"{' and '.join(given) or 'no budget'} given; give one of {', '.join(GOALS)}")
-    if average_bits is None and quantizer is not None:
-        raise ValueError(f"--quantizer is {quantizer!r}, which only --average-bits reads; leave it out")
+    for flag, value in (("--quantizer", quantizer), ("--quantizer-args", quantizer_args), ("--levels", levels)):
+        if average_bits is None and value is not None:  # an option that would be ignored is an error
+            raise ValueError(f"{flag} is {value!r}, which only --average-bits reads; leave it out")
     if drop is not None:
         numbers = whole_numbers(drop, "--drop")
         return "depth", {"drop": numbers[0] if len(numbers) == 1 else numbers}
@@ -89,11 +92,11 @@ def read_goal(
             "--quantizer is missing; name the one whose codes are searched over, see `hfgen ls quantizers`"
         )
     try:
-        fields = parse_fields(quantizer_args)
+        fields = parse_fields(quantizer_args or "{}")
     except ValueError as exc:
         raise ValueError(str(exc).replace("--args", "--quantizer-args").replace("--bits", "--levels")) from None
     return "bits", {"average_bits": average_bits, "quantizer": quantizer, "fields": fields,
-                    "levels": whole_numbers(levels, "--levels")}  # fmt: skip
+                    "levels": whole_numbers(levels or "2,3,4,5,6", "--levels")}  # fmt: skip
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

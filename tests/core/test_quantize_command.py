@@ -549,6 +549,7 @@ def test_a_streamed_run_in_the_way_of_a_calibration(plain, calib, tmp_path, monk
             ("--method", "easyquant", "--calib", "CALIB"),
             "--method easyquant uses no data to quantise with; leave --calib",
         ),
+        (("--method", "easyquant", "--calib-rows", "3"), "--calib-rows is 3, which only --calib reads; leave it out"),
         (("--method", "easyquant", "--average-bits", "3"), "'average_bits'; options are bits"),
         (
             ("--method", "adaquant", "--args", '{"average_bits": 3}'),

@@ -126,6 +126,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(calib, tmp_path, monkeypat
         (r"--average-bits and --drop given", [*BITS, "--drop", "1"]),
         (r"--quantizer is missing", BITS[:2]),
         (r"--quantizer is 'easyquant', which only --average-bits reads", ["--drop", "1", *BITS[2:4]]),
+        (r"--levels is '2,3', which only --average-bits reads", ["--drop", "1", "--levels", "2,3"]),
+        (r"--quantizer-args is '{}', which only --average-bits", ["--sparsity", "0.5", "--quantizer-args", "{}"]),
         (r"--levels is '2-4'; give whole numbers", [*BITS[:4], "--levels", "2-4"]),
         (r"average_bits is 7.0; the levels allow 2 to 4", [*BITS[2:], "--average-bits", "7"]),
         (r"--quantizer-args sets bits to 3; give it as --levels", [*BITS, "--quantizer-args", '{"bits": 3}']),

@@ -199,7 +199,7 @@ Verdicts are computed by checks that were fixed, with all settings, in the commi
 def render(cards: Iterable[MethodCard]) -> str:
     """EVIDENCE.md: every claim of every card, those without a ledger as untested, and what monitors detect.
 
-    A function of cards, ledgers and ``corpus/detection.json`` alone.
+    A function of cards, ledgers and ``corpus/{detection,effects}.json`` alone.
     """
     cards = list(cards)
     rows, sections = ["| method | claim | arm | verdict | checks that hold | seeds |", "|---|---|---|---|---|---|"], []
